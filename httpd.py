@@ -1,0 +1,1590 @@
+#!/usr/bin/env python3
+"""An HTTP endpoint for any Linux program, in one file of standard-library Python.
+
+Copy the file into a project and register what answers below a root path:
+
+    import httpd
+
+    def hello(request, page):
+        page.write("Hello, %s!\\n" % request.lookup_arg("name", "world"))
+        return 200
+
+    httpd.register_httpdcb("example", "hello", hello)
+    httpd.run(port=8000)
+
+or run it as a management server: `python httpd.py example.cfg`.
+
+How a GET travels through this file:
+
+    Server._turn                      one poll; the clock is read once for all that is ready
+      Connection.turn                 runs states until one has to wait
+        Connection.idle               one recv(); a head seen before costs a dict look-up, any other goes
+          Connection.next_request     through here: where does the head end?
+            Server.admit              has it parsed and checked, and remembers it
+              parse_head              bytes in, an immutable Head out, or HTTPError
+          Connection.begin_content    only if the request has content: receive_content until it is complete
+          Connection.answer           find_root, a Request, and the access handler writes into the Page
+            Connection.respond        puts the head right before the content, in the same buffer
+        Connection.flush              one send(); then idle again, or next_request, or the end
+
+The rule of the one buffer: a server has one Page. The handler writes the content behind a headroom, the head is put right
+before it, and both leave in one send(). What the socket does not take, and the answers to pipelined requests, which leave
+together, are copied out and counted against memory_budget, so the page is free again when `turn` returns.
+
+Who knows what: the parser knows bytes only, no socket, clock, log or parameter. A Connection runs states, and `turn` alone
+knows "would block". The Server alone knows the selector, the time and the set of connections. The modules at the end use
+public names only. A server lives in one thread; the others may call Server.stop() and the registry, nothing else.
+"""
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import resource
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+from operator import attrgetter
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequence
+from urllib.parse import parse_qsl, unquote
+
+__version__ = "0.1"
+__all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server", "run", "Request",
+           "Page", "FormFile", "HTTPError", "ConfigError"]
+log = logging.getLogger("httpd")
+
+
+# ---------------------------------------------------------------------------------------------------------- Parameters
+
+class ConfigError(ValueError):
+    """The operator's or the programmer's mistake: a line for each problem, which says what to do instead."""
+
+
+class Parameter(NamedTuple):
+    """A row of the table: the type of the default is the parameter's type."""
+
+    name: str
+    default: Any
+    meaning: str
+    low: float = 0
+    high: float = math.inf
+    zero: bool = False                              # 0 is allowed though it is below `low`
+    check: Callable[[str], Any] = str               # raises ValueError that says what a text must be
+
+    def bounds(self) -> str:
+        """The allowed numbers, in words."""
+        words = "at least %g" % self.low if self.high == math.inf else "%d to %d" % (self.low, self.high)
+        return "" if isinstance(self.default, str) else "0 or " * self.zero + words
+
+    def convert(self, value: Any) -> Any:
+        """The value in the parameter's type; ValueError says what it must be. Numbers may come as text of ASCII digits."""
+        kind = type(self.default)
+        if kind is str:
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            if not isinstance(value, str):
+                raise ValueError("must be text")
+            self.check(value)
+            return value
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,6})?" if kind is float else "-?[0-9]{1,15}", value):
+            value = kind(value)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError("must be a number of seconds" if kind is float else "must be a whole number")
+        if not (self.low <= value <= self.high or self.zero and value == 0):
+            raise ValueError("must be " + self.bounds())
+        return kind(value)
+
+
+def check_address(text: str) -> None:
+    """Names are not looked up: that could stall the start, or turn out differently the next time."""
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text if text not in ("", "*") else "0.0.0.0")
+    except (OSError, ValueError):
+        raise ValueError("must be an IPv4 or IPv6 address, or empty or * for all of them") from None
+
+
+def check_root(text: str) -> None:
+    """OpenSIPS' rule for root paths."""
+    if not re.fullmatch("[A-Za-z0-9_]*", text):
+        raise ValueError("must be one path segment of letters, digits and _")
+
+
+PARAMETERS = {
+    "httpd": (
+        Parameter("ip", "", "address to bind; empty or *: all, IPv4 and IPv6 in one socket", check=check_address),
+        Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
+        Parameter("memory_budget", 4 * 2**20, "bytes that a process may hold for all connections together", 2**16),
+        Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget", 256, zero=True),
+        Parameter("post_buf_size", 1024, "bytes of the largest content of a request that is held in memory; larger: 413", 256),
+        Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size", 256, zero=True),
+        Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
+        Parameter("tls_key_file", "", "its private key, PEM"),
+        Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "GnuTLS priority string"),
+        Parameter("conn_timeout", 30.0, "seconds that an idle connection, or one that takes no bytes, is kept; 0: for ever"),
+        Parameter("request_timeout", 10.0, "seconds for the head, from its first byte; content has 1 s more per 500 bytes", 0.001),
+        Parameter("max_connections", 0, "connections at a time; 0: what RLIMIT_NOFILE allows", 1, zero=True),
+        Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**20),
+        Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
+    ),
+    "mi_http": (Parameter("root", "mi", "root path of JSON-RPC", check=check_root),),
+}
+params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set; the others have their defaults
+loaded: list[str] = []                      # modules, in the order of loading
+
+
+def nearest(name: str, names) -> str:
+    """`, did you mean "port"?`, or nothing."""
+    from difflib import get_close_matches
+    return "".join(', did you mean "%s"?' % match for match in get_close_matches(name, list(names), 1))
+
+
+def checked(module: str, name: str, value: Any) -> Any:
+    """The value as the parameter's row wants it; what a user's own module is given, its mod_init judges."""
+    rows = {row.name: row for row in PARAMETERS.get(module, ())}
+    if rows and name not in rows:
+        raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(name, rows)))
+    try:
+        return rows[name].convert(value) if rows else value
+    except ValueError as error:
+        raise ConfigError("%s: %s %s, not %r" % (module, name, error, value)) from None
+
+
+def modparam(module: str, name: str, value: Any) -> None:
+    """Set a parameter for the servers created, and the modules loaded, from now on.
+
+    Raises ConfigError: an unknown name, a wrong type, out of bounds. Main thread, at start.
+    """
+    params.setdefault(module, {})[name] = checked(module, name, value)
+
+
+def in_force(module: str, **overrides: Any) -> dict[str, Any]:
+    """All parameters of a module: the defaults, over them what modparam() has set, over that the keywords."""
+    defaults = {row.name: row.default for row in PARAMETERS.get(module, ())}
+    return {**defaults, **params.get(module, {}), **{name: checked(module, name, value) for name, value in overrides.items()}}
+
+
+def httpd_in_force(**overrides: Any) -> SimpleNamespace:
+    """The parameters of httpd itself, zeros resolved; ConfigError if they do not go together."""
+    values = SimpleNamespace(**in_force("httpd", **overrides))
+    if bool(values.tls_cert_file) != bool(values.tls_key_file):
+        raise ConfigError("httpd: of tls_cert_file and tls_key_file only one is set: set both, or none")
+    if values.tls_cert_file:
+        raise ConfigError("httpd: this version has no TLS: unset tls_cert_file and tls_key_file, and put a proxy in front")
+    values.buf_size = values.buf_size or values.memory_budget // 4
+    values.receive_buf_size = values.receive_buf_size or values.post_buf_size
+    values.memo_size = values.memory_budget // 4
+    values.held_size = values.memory_budget - values.buf_size - values.memo_size        # for requests and responses under way
+    request = values.max_header_size + max(values.post_buf_size, values.receive_buf_size)
+    if values.held_size < request:
+        raise ConfigError("httpd: memory_budget %d has no room for buf_size and one whole request: set it to at least %d"
+                          % (values.memory_budget, (values.buf_size + request) * 4 // 3 + 4))
+    return values
+
+
+def loadmodule(name: str, **parameters: Any) -> None:
+    """Load one of this file's modules (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters as a dict.
+
+    OpenSIPS' way to write it, `mi_http.so`, is taken too. Raises ConfigError, also for a module that is loaded. Main thread, at start.
+    """
+    name = re.sub(r"^.*/|\.so$", "", name)
+    for key, value in parameters.items():
+        modparam(name, key, value)
+    if name == "httpd":                     # the transport itself is always there
+        return
+    if name in loaded:
+        raise ConfigError("%s: is loaded already" % name)
+    try:
+        if name in BUILT_IN:
+            mod_init = BUILT_IN[name]
+        else:
+            from importlib import import_module
+            mod_init = getattr(import_module(name), "mod_init", dict)
+        mod_init(in_force(name))
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("%s: traceback", name, exc_info=True)
+        hint = nearest(name, ["httpd", *BUILT_IN]) if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError("%s: cannot be loaded: %s: %s%s" % (name, type(error).__name__, error, hint)) from error
+    loaded.append(name)
+
+
+_TEXT = r'"(?:[^"\\]|\\.)*"'
+COMMENT = re.compile("(" + _TEXT + r")|(?:^|(?<=\s))[#;].*")
+LOAD_LINE = re.compile(r'\[\s*([^\]\s]+)\s*\]|loadmodule\s+"([^"]+)"\s*;?')
+MODPARAM_LINE = re.compile(r'modparam\s*\(\s*"([^"]+)"\s*,\s*"([^"]+)"\s*,\s*(' + _TEXT + r'|[^\s")]+)\s*\)\s*;?')
+VALUE_LINE = re.compile(r"([^\s=]+)\s*=\s*(" + _TEXT + r'|[^"].*|)')
+
+
+def unquoted(text: str) -> str:
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if text[:1] == '"' else text
+
+
+def read_config(path: str, problems: list[str]) -> list[tuple[str, str, str, str]]:
+    """The lines of a configuration as (FILE:LINE, module, name, value); without a name the module is to be loaded."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError("%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)) from None
+    found, section = [], ""
+    for number, line in enumerate(lines, 1):
+        where, line = "%s:%d" % (path, number), COMMENT.sub(r"\1", line).strip()
+        if match := LOAD_LINE.fullmatch(line):
+            found.append((where, re.sub(r"^.*/|\.so$", "", match[1] or match[2]), "", ""))
+            section = match[1] or section
+        elif match := MODPARAM_LINE.fullmatch(line):
+            found.append((where, match[1], match[2], unquoted(match[3])))
+        elif section and (match := VALUE_LINE.fullmatch(line)):
+            found.append((where, section, match[1], unquoted(match[2])))
+        elif line:
+            problems.append('%s: cannot read %r: write [module] and below it name = value, or modparam("module", "name", value), '
+                            'or loadmodule "name.so"' % (where, line))
+    return found
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> None:
+    """Read a configuration file: set its parameters, over them `overrides` (name=value, module.name=value), load its modules in order.
+
+    Raises ConfigError with all problems of the file, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start.
+    """
+    problems: list[str] = []
+    lines = read_config(path, problems)
+    modules = {module: where for where, module, name, _ in reversed(lines) if not name}
+    seen: dict[tuple[str, str], str] = {}
+    for text in overrides:
+        left, _, value = text.partition("=")
+        module, _, name = left.rpartition(".")
+        lines.append(("-o " + text, module or "httpd", name, value))
+    for where, module, name, value in lines:
+        try:
+            if name and module not in modules and module != "httpd":
+                raise ConfigError('%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, nearest(module, ["httpd", *modules])))
+            if name and seen.setdefault((module, name), where) != where and not where.startswith("-o "):
+                raise ConfigError("%s: %s is set already, at %s" % (module, name, seen[module, name]))
+            if name:
+                modparam(module, name, value)
+        except ConfigError as error:
+            problems.append("%s: %s" % (where, error))
+    if not problems:
+        sys.path.append(os.path.dirname(os.path.abspath(path)))     # a module of the user's may lie beside its configuration
+    for module in list(modules)[::-1] if not problems else ():
+        try:
+            loadmodule(module)
+        except ConfigError as error:
+            problems.append("%s: %s" % (modules[module], error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+# ------------------------------------------------------------------------------------------------------------ Registry
+
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class HTTPError(Exception):
+    """Raised for what is the client's fault: answered with this status (400 to 599), these fields and one line of text, the reason.
+
+    Access handlers may raise it. From an MI command, status and reason are the code and message of the JSON-RPC error.
+    """
+
+    def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
+        super().__init__(status, reason)
+        if not 400 <= status <= 599:
+            raise ValueError("%r is no status of 400 to 599" % status)
+        self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
+
+
+class Root(NamedTuple):
+    """A root path and who answers there, by method."""
+
+    name: str
+    module: str
+    handlers: Mapping[str, Callable]
+    content_type: str
+
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
+TOKEN = re.compile(_TOKEN.decode())
+FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")           # RFC 9110, 5.5: no control character but the tab
+
+roots: dict[str, Root] = {}                             # by root path, in the order of registration
+pending_inits: list[Callable[[], None]] = []            # the init_proc_cb's that this process has not run yet
+# RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them. CONNECT is for proxies: 501, as what nobody knows.
+known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
+
+
+def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[Request, Page], int],
+                     init_proc_cb: Optional[Callable[[], None]] = None, *, content_type: str = "text/html; charset=utf-8",
+                     methods: tuple = ("GET", "POST")) -> None:
+    """Have `access_handler_cb(request, page) -> status` answer every request at and below `/root_path`.
+
+    module             who registers: for error texts and httpd_list_root_path
+    root_path          a path segment of letters, digits and _, blanks around it trimmed; "" takes what no other root takes
+    access_handler_cb  called in the server's thread when the request is complete, content included. It writes the content of the
+                       response with page.write() and returns the status, 200 to 599. HTTPError is answered as it says, any other
+                       exception with 500 and a traceback in the log. While it runs, the server answers nobody else
+    init_proc_cb       called once in every process that serves, in the server's thread, before the first request
+    content_type       of the response, unless the handler sets page.content_type
+    methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
+
+    Raises ConfigError: a bad root path, or one that is taken. Any thread.
+    """
+    name = root_path.strip(" \t\r\n") if isinstance(root_path, str) else "?"
+    try:
+        check_root(name)
+    except ValueError as error:
+        raise ConfigError("%s: root path %s, not %r" % (module, error, root_path)) from None
+    if name in roots:
+        raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
+    if not callable(access_handler_cb) or not (init_proc_cb is None or callable(init_proc_cb)):
+        raise ConfigError('%s: root path "%s": the callbacks must be functions' % (module, name))
+    if isinstance(methods, str) or not all(map(TOKEN.fullmatch, methods)) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
+        raise ConfigError('%s: root path "%s": methods must be a tuple of method names, not CONNECT or TRACE' % (module, name))
+    check_field("Content-Type", content_type)
+    handlers = dict.fromkeys(methods, access_handler_cb)
+    if "GET" in handlers:
+        handlers.setdefault("HEAD", access_handler_cb)
+    handlers.setdefault("OPTIONS", answer_options)
+    known_methods.update(handlers)
+    if init_proc_cb:
+        pending_inits.append(init_proc_cb)
+    roots[name] = Root(name, module, handlers, content_type)
+
+
+def unregister_httpdcb(root_path: str) -> None:
+    """Take a root path out again: 404 from now on. ConfigError if it is not there. Any thread."""
+    if roots.pop(root_path.strip(" \t\r\n"), None) is None:
+        raise ConfigError('root path "%s" is not registered%s' % (root_path, nearest(root_path, roots)))
+
+
+def find_root(head: Head) -> tuple[Root, Callable]:
+    """The root that a request goes to, and the handler of its method there."""
+    root = roots.get(head.root) or roots.get("")
+    if root is None:
+        if head.path == "*":                            # OPTIONS, the parser has seen to that: the server as a whole
+            return Root("*", "httpd", dict.fromkeys(sorted(known_methods)), ""), answer_options
+        raise HTTPError(404, "nothing is registered for this path")
+    handler = root.handlers.get(head.method)
+    if handler is None:
+        raise HTTPError(405, "the method %s is not allowed here" % head.method, {"Allow": ", ".join(root.handlers)})
+    return root, handler
+
+
+def answer_options(request: Request, page: Page) -> int:
+    """OPTIONS, for every root (RFC 9110, 9.3.7)."""
+    page.set_header("Allow", ", ".join(request._root.handlers))
+    return 204
+
+
+# ---------------------------------------------------------------------------------------------------- Request and Page
+
+class FormFile(NamedTuple):
+    """A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes."""
+
+    filename: str
+    content_type: str
+    content: bytes
+
+
+class Request:
+    """What the client asks for. To be read, but for `state`, which is the handler's own. For the server's thread."""
+
+    __slots__ = ("state", "body", "_head", "_root", "_connection", "_form")
+
+    def __init__(self, connection: Connection, head: Head, root: Root, body: bytes):
+        self._connection = connection
+        self._head = head
+        self._root = root
+        self._form = None
+        self.body = body            # the content, transfer coding taken off
+        self.state = None
+
+    method = property(attrgetter("_head.method"), doc="as sent, such as GET. For HEAD the same is written as for GET; it is not sent")
+    target = property(attrgetter("_head.target"), doc="the request target as sent")
+    version = property(attrgetter("_head.version"), doc="HTTP/1.1 or HTTP/1.0")
+    path = property(attrgetter("_head.path"), doc="percent-decoded once; bytes that are not UTF-8 are U+FFFD")
+    query = property(attrgetter("_head.query"), doc="what stands behind the ?, as sent; lookup_arg() and form decode it")
+    headers = property(attrgetter("_head.fields.headers"), doc="lower-case name -> value; values of the same name joined by a comma")
+    scheme = property(attrgetter("_connection.server.scheme"), doc="http or https")
+    root = property(attrgetter("_root.name"), doc="the root path that has taken the request")
+    url = property(lambda self: self._head.url if self._root.name else self._head.path, doc='the path below the root: "", "/" or "/x"')
+    client = property(lambda self: plain_address(self._connection.peer), doc="address and port of the peer; on a Unix socket empty and 0")
+    server = property(lambda self: plain_address(self._connection.sock.getsockname()), doc="address and port that the client has chosen")
+    closed = property(lambda self: self._connection.sock.fileno() < 0, doc="True once the client is gone")
+
+    @property
+    def form(self) -> dict[str, list]:
+        """The fields of the query, then those of an urlencoded or multipart body: name -> values, each a str or a FormFile.
+
+        Raises HTTPError 400 if the body is not what its Content-Type says.
+        """
+        if self._form is None:
+            self._form = parse_form(self._head.query, self.headers.get("content-type", ""), self.body)
+        return self._form
+
+    def lookup_arg(self, key: str, default: Any = None) -> Any:
+        """The first value of the field of `form` that has exactly this name."""
+        return self.form.get(key, (default,))[0]
+
+
+def plain_address(address: Any) -> tuple[str, int]:
+    """Host and port of an address of the socket module; an IPv4 peer of an IPv6 socket has its IPv4 address."""
+    if not isinstance(address, tuple):
+        return os.fsdecode(address), 0
+    host = address[0]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host, address[1]
+
+
+def check_field(name: str, value: str) -> None:
+    """We send what we would accept: a client's CR LF in a value must not end the head (RFC 9110, 5.5)."""
+    if not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+        raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
+
+
+HEADROOM = 512      # bytes before the content; a head without fields of the handler's own has about 150
+OWN_FIELDS = {"connection", "content-length", "date", "keep-alive", "transfer-encoding", "upgrade"}
+
+
+class Page:
+    """The response in the making, on the one buffer of the server; the access handler gets it clean."""
+
+    __slots__ = ("content_type", "_view", "_size", "_end", "_fields")
+
+    def __init__(self, size: int):
+        self._view = memoryview(bytearray(HEADROOM + size))
+        self._size = HEADROOM + size
+        self.content_type = ""      # of the root; the handler may set another
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the content and the header fields."""
+        self._end = HEADROOM
+        self._fields: list[tuple[str, str]] = []
+
+    def write(self, data) -> int:
+        """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page), print(x, file=page).
+
+        Raises BufferError when it does not fit into buf_size.
+        """
+        if type(data) is str:
+            data = data.encode()
+        end = self._end + len(data)
+        if end > self._size:
+            raise BufferError("the response does not fit into %d bytes: raise buf_size" % (self._size - HEADROOM))
+        self._view[self._end:end] = data
+        self._end = end
+        return len(data)
+
+    def __len__(self) -> int:
+        """Bytes of content."""
+        return self._end - HEADROOM
+
+    def set_header(self, name: str, value: str) -> None:
+        """Set a header field; one of that name is replaced, Set-Cookie excepted.
+
+        Raises ValueError for CR, LF, NUL and whatever else may not stand there, and for the fields that are the server's to set.
+        """
+        key = name.lower()
+        check_field(name, value)
+        if key in OWN_FIELDS:
+            raise ValueError("%s is set by the server" % name)
+        if key == "content-type":
+            self.content_type = value
+        else:
+            self._fields = [field for field in self._fields if field[0].lower() != key or key == "set-cookie"] + [(name, value)]
+
+
+# -------------------------------------------------------------------------------------------------------------- Parser
+# Bytes in, immutable heads out. RFC 9110 and 9112; where they leave a choice, the strict one. Nothing is repaired: a doubt is a 400.
+
+_ESCAPED = rb"%(?!00)[0-9A-Fa-f]{2}"
+_PATH = rb'/[!"$&->@-~]*(?:' + _ESCAPED + rb'[!"$&->@-~]*)*'            # RFC 3986, 3.3: visible ASCII but # and ?
+_QUERY = rb'[!"$&-~]*(?:' + _ESCAPED + rb'[!"$&-~]*)*'
+_VALUE = FIELD_VALUE.pattern.encode("latin-1")
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'         # RFC 9110, 5.6.4
+_LINES = rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*"
+EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")                             # RFC 9112, 2.2: clients that send too many
+REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUERY + rb"))?|(?!/)" + _QUERY + rb") HTTP/([0-9]\.[0-9])\r\n")
+FIELD_LINES = re.compile(_LINES)
+ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
+CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*)\r\n")
+# What may still become one of these: bytes that cannot are refused at once, not when their line ends.
+START_LINE = re.compile(EMPTY_LINES.pattern + _TOKEN + rb' [!"$-~]+ HTTP/([0-9])\.[0-9]\r\n')
+START_LINE_BEGIN = re.compile(EMPTY_LINES.pattern + rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?')
+FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
+CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
+
+CHUNKED = -1
+MAX_FIELDS = 128
+FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
+# RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
+NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range content-type cookie expect host "
+                        "max-forwards origin range te trailer transfer-encoding upgrade".split())
+# What the answer says about the connection (RFC 9112, 9.3).
+KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
+
+
+class Fields(NamedTuple):
+    """A header section. Requests that bring the same bytes share it."""
+
+    headers: Mapping[str, str]
+    length: int                 # of the content; or CHUNKED
+    connection: str             # what to answer: KEPT, KEPT_1_0 or CLOSED
+    expect: Optional[str]
+    form: bool                  # the content is a form
+
+
+class Head(NamedTuple):
+    """A request line and header section that the parser has accepted."""
+
+    method: str
+    target: str
+    version: str
+    path: str                   # percent-decoded
+    query: str
+    root: str                   # the first segment of the path,
+    url: str                    # and the rest
+    scheme: str                 # of an absolute-form target, else empty
+    length: int
+    connection: str
+    fields: Fields
+
+
+def parse_head(raw: bytes, memo: Memo, methods) -> Head:
+    """A whole head, from the request line to the empty line. `memo` remembers header sections; `methods` are those that are known.
+
+    The order of checks: grammar, version, sizes, method, Host, framing.
+    """
+    match = REQUEST_LINE.match(raw)
+    if not match:
+        raise HTTPError(400, "malformed request line")
+    method, target, path, query, version = match.groups()
+    block = raw[match.end():-2]
+    old = version == b"1.0"
+    fields = memo[block] if not old else None               # remembered as a HTTP/1.1 client's
+    if fields is None and not FIELD_LINES.fullmatch(block):
+        raise HTTPError(400, "malformed header field")
+    method, target = method.decode(), target.decode()
+    if path is None:
+        scheme, host, path, query = parse_target(method, target)
+    else:
+        scheme, host, path, query = "", "", path.decode(), query.decode() if query else ""
+    if version[0] != 49:                                    # "1"
+        raise HTTPError(505, "this server speaks HTTP/1.1")
+    if fields is None and block.count(b"\n") > MAX_FIELDS:
+        raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
+    if method not in methods:
+        raise HTTPError(501, "the method %s is not known here" % method)
+    if fields is None:
+        fields = parse_fields(block, old)
+        if not old:
+            memo.keep(block, fields)
+    if host:                                                # RFC 9112, 3.2.2: the target's host counts
+        fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": host}))
+    if "%" in path:
+        path = unquote(path)
+    root, slash, rest = path[1:].partition("/") if path != "*" else ("*", "", "")
+    return Head(method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query, root, slash + rest, scheme, fields.length,
+                fields.connection, fields)
+
+
+def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
+    """Scheme, host, path and query of a target that is not in origin-form (RFC 9112, 3.2)."""
+    if target == "*" and method == "OPTIONS":
+        return "", "", "*", ""
+    if method == "CONNECT" and re.fullmatch(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}", target):
+        parse_host(target)
+        return "", "", "/", ""
+    match = ABSOLUTE_FORM.fullmatch(target)
+    if not match or method == "CONNECT":
+        raise HTTPError(400, "malformed request target")
+    scheme, host, path, query = match.groups()
+    parse_host(host)
+    return scheme.lower(), host, path or ("*" if method == "OPTIONS" and query is None else "/"), query or ""
+
+
+def parse_host(text: str) -> str:
+    """The host of `host[:port]` in lower case (RFC 9110, 7.2). It is not empty."""
+    match = HOST.fullmatch(text)
+    if not match or int(match[2] or 0) > 65535:
+        raise HTTPError(400, "the host is not host[:port]")
+    if match[1]:
+        try:
+            socket.inet_pton(socket.AF_INET6, match[1])
+        except OSError:
+            raise HTTPError(400, "the host is no IPv6 address") from None
+    return text.lower() if match[2] is None else text[:match.start(2) - 1].lower()
+
+
+def parse_fields(block: bytes, old: bool) -> Fields:
+    """Take the lines of a header section apart; their grammar has been checked. `old`: a HTTP/1.0 client's."""
+    headers: dict[str, str] = {}
+    twice = set()
+    lines = block.decode("latin-1").split("\r\n")
+    lines.pop()
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:                                 # RFC 9110, 5.3; RFC 6265, 5.4
+            twice.add(name)
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    if "host" in headers and "host" not in twice:
+        parse_host(headers["host"])
+    elif "host" in twice or not old:
+        raise HTTPError(400, "HTTP/1.1 wants the Host field, once")
+    length = content_length(headers, twice, old)
+    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
+    kept = "close" not in options and ("keep-alive" in options or not old)
+    expect = headers.get("expect") if not old else None
+    kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect and expect.lower(), kind in FORM_TYPES)
+
+
+def content_length(headers: Mapping[str, str], twice, old: bool) -> int:
+    """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through doubts."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and ("content-length" in twice or not re.fullmatch("[0-9]{1,18}", length)):
+        raise HTTPError(400, "Content-Length is not 1 to 18 digits, once")
+    if coding is None:
+        return int(length or 0)
+    codings = [coding.strip(" \t") for coding in coding.lower().split(",")]
+    if length is not None or old:
+        raise HTTPError(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+    if codings == ["chunked"]:
+        return CHUNKED
+    if "transfer-encoding" in twice or "chunked" in codings[:-1] or not all(map(CODING.fullmatch, codings)):
+        raise HTTPError(400, "Transfer-Encoding is not chunked, once")
+    raise HTTPError(501, "no transfer coding but chunked is understood")
+
+
+def check_begin(data: bytes, start: int, limit: int) -> int:
+    """Refuse the beginning of a head if no further byte can mend it, or if it is over the limit: 414, 431.
+
+    Lines before `start` have been found good; returns the next `start`. The limit counts from the first byte of the request line.
+    """
+    begin = data[:EMPTY_LINES.match(data).end() + limit]
+    if not start:
+        match = START_LINE.match(begin)
+        if not match and not START_LINE_BEGIN.fullmatch(begin):
+            raise HTTPError(400, "malformed request line")
+        start = match.end() if match else 0
+    if start and not FIELD_LINES_BEGIN.fullmatch(begin, start):
+        raise HTTPError(400, "malformed header field")
+    if len(data) > len(begin):
+        if not start:
+            raise HTTPError(414, "the request line is longer than max_header_size, %d bytes" % limit)
+        if START_LINE.match(begin)[1] != b"1":
+            raise HTTPError(505, "this server speaks HTTP/1.1")
+        raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
+    return start and begin.rfind(b"\r\n") + 2
+
+
+def decode_content(length: int, limit: int, overhead: int) -> Generator[int, bytes, tuple[bytes, bytes]]:
+    """Take the framing off the content of one request (RFC 9112, 6 and 7).
+
+    A generator: send() it what is received; it yields how many bytes it holds, and returns the content and what came behind it, which
+    belongs to the next request. More than `limit`: 413 as soon as that is known. `overhead`: bytes of chunk extensions and trailers.
+    """
+    too_large = HTTPError(413, "the content is larger than %d bytes, see post_buf_size and receive_buf_size" % limit)
+    if length > limit:
+        raise too_large
+    content, data = bytearray(), bytearray()
+    while length != CHUNKED and len(data) < length:
+        data += yield len(data)
+    if length != CHUNKED:
+        return bytes(data[:length]), bytes(data[length:])
+    size = -1
+    while size:
+        match = CHUNK_LINE.match(data)
+        while not match:
+            if b"\r\n" in data or not CHUNK_LINE_BEGIN.fullmatch(data) or len(data) > overhead + 17:
+                raise HTTPError(400, "malformed chunk size or extension")
+            data += yield len(content) + len(data)
+            match = CHUNK_LINE.match(data)
+        size, overhead = int(match[1], 16), overhead - len(match[2])
+        if overhead < 0:
+            raise HTTPError(400, "the chunk extensions are too long")
+        if len(content) + size > limit:
+            raise too_large
+        del data[:match.end()]
+        while size and not data.startswith(b"\r\n", size):
+            if not b"\r\n".startswith(data[size:size + 2]):
+                raise HTTPError(400, "a chunk is not as long as it says")
+            data += yield len(content) + len(data)
+        content += data[:size]
+        del data[:size + 2 if size else 0]
+    while not data.startswith(b"\r\n") and b"\r\n\r\n" not in data:
+        check_trailers(data, overhead)
+        data += yield len(content) + len(data)
+    end = 0 if data.startswith(b"\r\n") else data.index(b"\r\n\r\n") + 2
+    check_trailers(data[:end], overhead)
+    if not NO_TRAILERS.isdisjoint(line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")):
+        raise HTTPError(400, "a field that may not stand in a trailer section")
+    return bytes(content), bytes(data[end + 2:])
+
+
+def check_trailers(data: bytes, limit: int) -> None:
+    """Trailers keep to the rules of fields, finished or not; they are dropped, never merged into those (RFC 9112, 7.1.2)."""
+    if not FIELD_LINES_BEGIN.fullmatch(data[:limit]):
+        raise HTTPError(400, "malformed trailer field")
+    if len(data) > limit or data.count(b"\n") > MAX_FIELDS:
+        raise HTTPError(431, "the trailer section is too long")
+
+
+def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
+    """The fields of a query, then those of a body that is a form."""
+    pairs: list[tuple] = parse_qsl(query, keep_blank_values=True)
+    kind = content_type.partition(";")[0].strip(" \t").lower()
+    if kind == FORM_TYPES[0]:
+        pairs += parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    elif kind == FORM_TYPES[1]:
+        pairs += parse_multipart(content_type, body)
+    form: dict[str, list] = {}
+    for name, value in pairs:
+        form.setdefault(name, []).append(value)
+    return form
+
+
+def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
+    """The parts of a multipart/form-data body (RFC 7578): a str, or a FormFile where there is a filename."""
+    from email.parser import HeaderParser
+    boundary = HeaderParser().parsestr("Content-Type: " + content_type).get_boundary("").encode("latin-1", "replace")
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
+    if not 0 < len(boundary) <= 70 or len(parts) < 2 or not re.fullmatch(rb"--[ \t]*(?:\r\n.*)?", parts.pop(), re.DOTALL):
+        raise HTTPError(400, "the form does not end with its boundary")
+    pairs: list[tuple[str, Any]] = []
+    for part in parts[1:]:
+        head, found, content = part.partition(b"\r\n\r\n")
+        fields = HeaderParser().parsestr(head.lstrip(b" \t\r\n").decode("utf-8", "replace"))
+        name, filename = fields.get_param("name", header="content-disposition"), fields.get_filename()
+        if not found or not isinstance(name, str):
+            raise HTTPError(400, "a part of the form has no name")
+        pairs.append((name, content.decode("utf-8", "replace") if filename is None else FormFile(filename, fields.get_content_type(), content)))
+    return pairs
+
+
+class Memo(dict):
+    """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
+
+    A full young one becomes the old one, and what is asked for again comes back from there. So heads that never come again cannot push out
+    those that do, and however many there are, it costs the same.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.old: dict[bytes, Any] = {}
+        self.size = self.room = size // 2       # bytes of a generation, and those left
+
+    def __missing__(self, raw: bytes):
+        value = self.old.get(raw)
+        if value is not None:
+            self.keep(raw, value)
+        return value
+
+    def keep(self, raw: bytes, value: Any) -> None:
+        """Remember what has been found good."""
+        self.room -= 1000 + 5 * len(raw)        # what a head and its fields take, measured
+        if self.room < 0:
+            self.old = self.copy()
+            self.clear()
+            self.room = self.size
+        self[raw] = value
+
+
+# ---------------------------------------------------------------------------------------------------------- Connection
+
+RECEIVE_SIZE = 16384        # bytes of one recv(): a TLS record, and all the pipelined requests that one turn takes
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Connection:
+    """One socket and what is under way on it. `state` is the function that runs next; it returns True to go on at once, False to wait.
+
+        idle ──> receive_head ──> next_request ──> (answer) ──> flush ──> idle
+                                     │    ^ pipelined             ├─────> next_request      more has been received
+                                     v                            ├─────> shut > linger     what came was refused
+                              receive_content ──> (answer)        └─────> close
+
+    A state may be run again from its start: nothing is changed before the recv() or send() that may block.
+    """
+
+    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked", "head", "content", "out", "held",
+                 "discarded")
+
+    def __init__(self, server: Server, sock: socket.socket, peer: Any):
+        self.server = server
+        self.sock = sock
+        self.peer = peer
+        self.state = Connection.idle
+        self.then = Connection.idle         # the state after flush
+        self.interest = 0                   # what the selector watches: READ, WRITE, or 0 before the first wait
+        self.deadline = server.now + server.conn_timeout
+        self.received = b""                 # the next requests, or the beginning of one
+        self.checked = 0                    # how far check_begin has come in it
+        self.head = None                    # of the request whose content is awaited,
+        self.content = None                 # and that content
+        self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
+        self.held = 0                       # bytes counted against memory_budget
+        self.discarded = 0
+
+    def turn(self) -> None:
+        """Run states until one waits: the one place that knows "would block", and where refusals are answered."""
+        while True:
+            try:
+                while self.state(self):
+                    pass
+            except BlockingIOError:
+                self.keep_output()
+            except HTTPError as refusal:
+                self.refuse(refusal)
+                continue
+            except OSError as error:
+                log.debug("%s: the connection is lost: %s", self.peer, error)
+                self.close()
+            except Exception:
+                log.exception("%s: a fault of the server itself", self.peer)
+                self.close()
+            break
+        if self.interest != (WRITE if self.state is Connection.flush else READ):
+            self.server.watch(self)
+
+    def idle(self) -> bool:
+        """Nothing of a request is here yet. A lone one whose head has been seen before takes the short way."""
+        data = self.sock.recv(RECEIVE_SIZE)
+        head = self.server.heads[data]
+        if head is not None and not head.length:
+            return self.answer(head, b"")
+        if not data:
+            return self.close()
+        self.received = data
+        return self.next_request()
+
+    def receive_head(self) -> bool:
+        """The beginning of a head is here."""
+        self.received += self.receive()
+        return self.next_request()
+
+    def receive(self) -> bytes:
+        """More of a request."""
+        data = self.sock.recv(RECEIVE_SIZE)
+        if not data:
+            raise HTTPError(400, "the connection ended inside a request")
+        return data
+
+    def next_request(self) -> bool:
+        """Take the next request out of what has been received, if its head is whole."""
+        data, server = self.received, self.server
+        start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
+        end = data.find(b"\r\n\r\n", max(start, self.checked - 2)) + 4
+        if end < 4 or end - start > server.params.max_header_size:
+            self.checked = check_begin(data, self.checked, server.params.max_header_size)
+            return self.wait_in(Connection.receive_head)
+        raw = data[start:end]
+        head = server.heads[raw] or server.admit(raw)
+        self.received = data[end:]
+        self.checked = 0
+        if head.length or head.fields.expect is not None:
+            return self.begin_content(head)
+        return self.answer(head, b"")
+
+    def begin_content(self, head: Head) -> bool:
+        """Refuse the content before it is read, or have it read: also a short one that nobody wants, to keep the connection."""
+        self.head, server, expect = head, self.server, head.fields.expect
+        limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
+        try:
+            find_root(head)
+            wanted = expect is not None
+        except HTTPError:
+            if head.length and (expect is not None or head.length > limit):
+                raise
+            wanted = False
+        if wanted and expect != "100-continue":
+            raise HTTPError(417, "no expectation but 100-continue is understood")
+        content = decode_content(head.length, limit, server.params.max_header_size)
+        if not head.length:
+            return self.answer(head, b"")
+        next(content)
+        self.content = content
+        if wanted and not self.received:                    # RFC 9110, 10.1.1
+            self.out = bytes(self.out) + b"HTTP/1.1 100 Continue\r\n\r\n"
+        return self.take_content(self.received)
+
+    def receive_content(self) -> bool:
+        """The content is on its way: a second more for every 500 bytes that have come."""
+        data = self.receive()
+        self.deadline = min(self.deadline + len(data) / 500, self.server.now + self.server.conn_timeout)
+        return self.take_content(data)
+
+    def take_content(self, data: bytes) -> bool:
+        """Answer the request if its content is whole with this."""
+        try:
+            self.received = b""
+            self.hold(self.content.send(data))
+            return self.wait_in(Connection.receive_content)
+        except StopIteration as end:
+            body, self.received = end.value
+        head, self.head, self.content = self.head, None, None
+        return self.answer(head, body)
+
+    def wait_in(self, state: Callable[[Connection], bool]) -> bool:
+        """Wait for more of a request, but first send the answers to those before it."""
+        if self.out:
+            self.state, self.then = Connection.flush, state
+            return True
+        if self.state is not Connection.receive_head and self.state is not state:
+            self.deadline = self.server.now + self.server.params.request_timeout
+        self.state = state
+        if self.content is None:
+            self.hold(len(self.received))
+        return False
+
+    def answer(self, head: Head, body: bytes) -> bool:
+        """Run the access handler, and have sent what it has written."""
+        page, connection = self.server.page, head.connection
+        page.clear()
+        try:
+            root, handler = find_root(head)
+            page.content_type = root.content_type
+            status = handler(Request(self, head, root, body), page)
+            if status != 200:
+                status = checked_status(status, page)
+        except Exception as error:
+            status = self.write_error(error, head)
+            if status == 400:
+                connection = CLOSED
+        self.respond(status, connection, head.method != "HEAD")
+        return True
+
+    def respond(self, status: int, connection: str, with_content: bool) -> None:
+        """Put the head before the content. The answers to pipelined requests are gathered, to leave together."""
+        server, page = self.server, self.server.page
+        end = page._end
+        if server.stopping:
+            connection = CLOSED
+        key = (status, page.content_type, end - HEADROOM, connection)
+        head = server.response_heads.get(key) or server.response_head(*key)
+        if page._fields:
+            head = head[:-2] + "".join("%s: %s\r\n" % field for field in page._fields).encode("latin-1") + b"\r\n"
+        if not with_content:
+            end = HEADROOM
+        start = HEADROOM - len(head)
+        if self.received or self.out or start < 0:
+            self.out = b"".join((self.out, head, page._view[HEADROOM:end]))
+        else:
+            page._view[start:HEADROOM] = head
+            self.out = page._view[start:end]
+        server.requests += 1
+        self.state = Connection.flush
+        if connection is CLOSED:                            # RFC 9112, 9.6: what follows is not processed
+            self.then = Connection.shut if self.received else Connection.close
+            self.received = b""
+        elif not self.received:
+            self.then = Connection.idle
+        else:
+            self.then = Connection.next_request
+            if len(self.out) < RECEIVE_SIZE:
+                self.state = Connection.next_request
+
+    def write_error(self, error: Exception, head: Optional[Head]) -> int:
+        """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""
+        if not isinstance(error, HTTPError):
+            log.error("%s %r: the handler of root path %r failed", head.method, head.target, head.root, exc_info=error)
+            error = HTTPError(500, "the handler failed, the log of the server says why")
+        page = self.server.page
+        page.clear()
+        page.content_type = "text/plain; charset=utf-8"
+        for name, value in error.headers.items():
+            page.set_header(name, value)
+        page.write("%d %s\n" % (error.status, error.reason))
+        return error.status
+
+    def refuse(self, refusal: HTTPError) -> None:
+        """Answer what is no request, or one whose content is not read, and close; what was answered before it leaves first."""
+        log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
+        to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n)*HEAD ", self.received)
+        self.received, self.head, self.content = b"", None, None
+        self.respond(self.write_error(refusal, None), CLOSED, not to_head)
+        self.then = Connection.shut
+
+    def flush(self) -> bool:
+        """Send. Nothing is read or executed before all of it is gone."""
+        server, out = self.server, self.out
+        sent = self.sock.send(out)
+        if sent < len(out):
+            self.out = out[sent:]
+            return True
+        self.out = b""
+        if self.held:
+            self.hold(len(self.received))
+        self.state = then = self.then
+        if then is Connection.idle:
+            self.deadline = server.now + server.conn_timeout
+            return False
+        self.deadline = server.now + server.params.request_timeout
+        return True
+
+    def keep_output(self) -> None:
+        """The socket takes no more: copy what is left out of the page, and count it."""
+        if self.state is not Connection.flush:
+            return
+        if type(getattr(self.out, "obj", None)) is not bytes:
+            self.out = memoryview(bytes(self.out))
+        self.deadline = self.server.now + self.server.conn_timeout
+        try:
+            self.hold(len(self.out.obj) + len(self.received))
+        except HTTPError:
+            log.warning("%s: closed: memory_budget is used up, by responses that clients do not read", self.peer)
+            self.close()
+
+    def hold(self, size: int) -> None:
+        """Count what this connection keeps between its turns; 503 if memory_budget has no room for it."""
+        server, more = self.server, size - self.held
+        if more > 0 and server.held + more > server.params.held_size:
+            raise HTTPError(503, "the server has no memory left for this request, see memory_budget", {"Retry-After": "1"})
+        server.held += more
+        self.held = size
+
+    def shut(self) -> bool:
+        """All is sent: say so, and wait until the client has read it."""
+        self.sock.shutdown(socket.SHUT_WR)
+        self.state = Connection.linger
+        return True
+
+    def linger(self) -> bool:
+        """Read on and discard, within bounds: a reset would overtake the answer (RFC 9112, 9.6)."""
+        data = self.sock.recv(RECEIVE_SIZE)
+        self.discarded += len(data)
+        if not data or self.discarded > self.server.params.memory_budget:
+            self.close()
+        return False
+
+    def close(self) -> bool:
+        """Give everything back at once."""
+        if self.state is not Connection.closed:
+            self.server.forget(self)
+            self.sock.close()
+            self.state = Connection.closed
+            self.received, self.out, self.content = b"", b"", None
+            self.hold(0)
+        return False
+
+    def closed(self) -> bool:
+        """The socket is gone; an event of the same poll may still come."""
+        return False
+
+    def expire(self) -> None:
+        """The deadline has passed. An idle connection is closed silently, a request that is not complete is answered."""
+        if self.content or self.state is Connection.receive_head and self.received.strip(b"\r\n"):
+            self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
+            self.turn()
+        else:
+            log.debug("%s: closed after a time-out", self.peer)
+            self.close()
+
+
+def checked_status(status: Any, page: Page) -> int:
+    """The status that a handler has returned; where there may be no content, none is sent (RFC 9110, 15.3.5 and 15.4.5)."""
+    if not isinstance(status, int) or not 200 <= status <= 599:
+        raise TypeError("the handler returned %r, not a status of 200 to 599" % (status,))
+    if status in (204, 304):
+        page._end = HEADROOM
+    return int(status)
+
+
+# -------------------------------------------------------------------------------------------------------------- Server
+
+ACCEPT_BATCH = 64           # connections taken in before those that are there get their turn
+SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
+servers: set[Server] = set()    # those that listen
+
+
+def listen(ip: str, port: int) -> socket.socket:
+    """A listening socket; for the empty ip one for IPv6 and IPv4. OSError says which address it is about."""
+    every = ip in ("", "*")
+    family = socket.AF_INET6 if ":" in ip or every and socket.has_ipv6 else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # the accepted sockets inherit it
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
+        listener.bind(("" if every else ip, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        if every and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return listen("0.0.0.0", port)                  # a kernel without IPv6
+        raise OSError(error.errno, "cannot listen on %s port %d: %s" % (ip or "*", port, error.strerror)) from None
+    listener.setblocking(False)
+    return listener
+
+
+class Server:
+    """A server with the parameters in force, keywords before what modparam() has set; ConfigError if they are wrong.
+
+        server.run()                     serves in this thread until stop() is called
+        with server: ...                 start() and stop(): serves in a thread of its own
+        server.fileno(), run_once(0)     serves in the loop of another program: when readable, and after timeout() seconds at the latest
+
+    It listens from the first call of one of these, of port or of url: OSError if it cannot. Only stop() is for any thread.
+    """
+
+    def __init__(self, **parameters: Any):
+        self.params = values = httpd_in_force(**parameters)
+        self.scheme = "http"
+        self.conn_timeout = values.conn_timeout or 1e9      # for ever: 30 years
+        self.max_connections = values.max_connections or max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
+        self.page = Page(values.buf_size)
+        self.heads = Memo(values.memo_size // 2)            # whole heads; and where only the request line is new,
+        self.fields = Memo(values.memo_size // 2)           # the fields below it
+        self.response_heads: dict[tuple, bytes] = {}        # of this second
+        self.connections: set[Connection] = set()
+        self.held = 0                                       # bytes that the connections keep between their turns
+        self.requests = self.accepted = 0                   # so far
+        self.now = time.monotonic()                         # when this turn began
+        self.stopping = False                               # every answer closes its connection
+        self._stop_at = math.inf                            # when the grace of stop() ends
+        self._next_tick = 0.0
+        self._evictable: list[tuple[float, Connection]] = []
+        self._selector: Optional[selectors.EpollSelector] = None        # while it listens
+        self._accepting = False
+        self._serving: Optional[int] = None                 # the thread inside run() or run_once()
+        self._thread: Optional[threading.Thread] = None     # that of start()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Serve in this thread until stop() is called."""
+        self._open()
+        self._serve(threading.Event())
+
+    def start(self) -> None:
+        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one failed, or after stop()."""
+        self._open()
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(ready,), name="httpd", daemon=True)
+        self._thread.start()
+        ready.wait()
+        if self._ended.is_set() and not self.stopping:
+            raise RuntimeError("an init_proc_cb failed, or the server was stopped before: make a new one")
+
+    def stop(self, grace: Optional[float] = None) -> None:
+        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), and close everything.
+
+        From a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts.
+        """
+        if self._selector is None:
+            return
+        self._stop_at = min(self._stop_at, time.monotonic() + (self.params.grace_timeout if grace is None else grace))
+        try:
+            self._wake.send(b"!")
+        except OSError:                                     # full: it wakes up as it is; closed: it has ended
+            pass
+        if self._serving is None:
+            self._serve(threading.Event())
+        elif self._serving != threading.get_ident():
+            self._ended.wait()
+            if self._thread:
+                self._thread.join()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def run_once(self, timeout: Optional[float] = None) -> None:
+        """Wait until there is something to do, or `timeout` seconds, and do it. After stop() it does nothing."""
+        if self._ended.is_set():
+            return
+        self._open()
+        self._serving, due = threading.get_ident(), self.timeout()
+        try:
+            self._turn(due if timeout is None else timeout if due is None else min(timeout, due))
+        finally:
+            self._serving = None
+        if self._drained():
+            self._close()
+
+    def fileno(self) -> int:
+        """The descriptor for another loop to watch for reading."""
+        self._open()
+        return self._selector.fileno()
+
+    def timeout(self) -> Optional[float]:
+        """Seconds until run_once() has something to do even if nothing is readable; None: there is no such time."""
+        if not self.connections and self._accepting and not pending_inits:
+            return None
+        return max(0.0, self._next_tick - time.monotonic())
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        self._open()
+        return self._address[1]
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it: http://127.0.0.1:8888, without a slash at the end."""
+        self._open()
+        host, port = self._address
+        host = "127.0.0.1" if host in ("::", "0.0.0.0") else "[%s]" % host if ":" in host else host
+        return "%s://%s:%d" % (self.scheme, host, port)
+
+    def _open(self) -> None:
+        """Listen, once in a server's life."""
+        if self._selector is None and not self._ended.is_set():
+            self._listener = listen(self.params.ip, self.params.port)
+            self._woken, self._wake = socket.socketpair()
+            self._wake.setblocking(False)
+            self._selector = selectors.EpollSelector()
+            self._selector.register(self._woken, READ, self._begin_stop)
+            self._address = self._listener.getsockname()[:2]
+            self._accept_again()
+            servers.add(self)
+
+    def _serve(self, ready: threading.Event) -> None:
+        """The loop, in whatever thread."""
+        self._serving = threading.get_ident()
+        if self._ended.is_set():
+            return ready.set()
+        try:
+            initialize()
+            ready.set()
+            while not self._drained():
+                self._turn(self.timeout())
+        finally:
+            self._close()
+            ready.set()
+
+    def _turn(self, timeout: Optional[float]) -> None:
+        """One poll, and a turn for all that is ready."""
+        ready = self._selector.select(timeout)
+        self.now = time.monotonic()
+        if self.now >= self._next_tick:
+            self._tick()
+        for key, _ in ready:
+            key.data()
+
+    def _tick(self) -> None:
+        """Once a second: a new date, an end to what is over its deadline, and what had to wait."""
+        self._next_tick = min(self.now + 1, max(self._stop_at, self.now + 0.01))
+        self.date = formatdate(usegmt=True)
+        self.response_heads.clear()
+        initialize()
+        for connection in [connection for connection in self.connections if connection.deadline <= self.now]:
+            connection.expire()
+        self._accept_again()
+
+    def _accept_again(self) -> None:
+        if not self._accepting and not self.stopping:
+            self._selector.register(self._listener, READ, self._accept)
+            self._accepting = True
+
+    def _stop_accepting(self) -> None:
+        if self._accepting:
+            self._selector.unregister(self._listener)
+            self._accepting = False
+
+    def _accept(self) -> None:
+        """Take in those who wait, and answer at once who has sent a request already."""
+        for _ in range(ACCEPT_BATCH):
+            full = len(self.connections) >= self.max_connections and not self._make_room()
+            try:
+                sock, peer = self._listener.accept()
+            except OSError as error:                        # mostly BlockingIOError: nobody waits any more
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
+                    log.error("nobody is taken in for a second: %s", error)
+                    self._stop_accepting()                  # the listener would be readable all the time
+                return
+            sock.setblocking(False)
+            self.accepted += 1
+            connection = Connection(self, sock, peer)
+            self.connections.add(connection)
+            if full:
+                connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
+            connection.turn()
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle longest, or else the one that has been sending a request longest."""
+        rank = {Connection.linger: 0, Connection.idle: 1, Connection.receive_head: 2, Connection.receive_content: 2}
+        for looked in (False, True):
+            while self._evictable:
+                deadline, connection = self._evictable.pop()
+                if connection.deadline == deadline and connection.state in rank:
+                    connection.close()
+                    return True
+            if not looked:                                  # one look at all of them serves for the next 64
+                found = sorted((rank[c.state], c.deadline, id(c), c) for c in self.connections if c.state in rank)
+                self._evictable = [(deadline, connection) for _, deadline, _, connection in found[63::-1]]
+        return False
+
+    def _begin_stop(self) -> None:
+        """What stop() asks for, in the thread that serves."""
+        self._woken.recv(64)
+        self.stopping, self._next_tick = True, self.now
+        self._stop_accepting()
+        self._listener.close()
+        for connection in [connection for connection in self.connections if connection.state is Connection.idle]:
+            connection.close()
+
+    def _drained(self) -> bool:
+        """stop() has been called; nothing is under way any more, or the grace is over."""
+        return self.stopping and (not self.connections or time.monotonic() >= self._stop_at)
+
+    def _close(self) -> None:
+        """Give every descriptor back."""
+        self.stopping = self.stopping or not self._stop_accepting()
+        for connection in list(self.connections):
+            connection.close()
+        for closable in (self._listener, self._woken, self._wake, self._selector):
+            closable.close()
+        self._selector = self._serving = None
+        servers.discard(self)
+        self._ended.set()
+
+    def admit(self, raw: bytes) -> Head:
+        """Parse a head that has not been seen lately, and remember it if it has passed all checks that will not turn out otherwise later."""
+        head = parse_head(raw, self.fields, known_methods)
+        if head.scheme not in ("", self.scheme):
+            raise HTTPError(421, "%s is not served here" % head.scheme)
+        self.heads.keep(raw, head)
+        return head
+
+    def response_head(self, status: int, content_type: str, size: int, connection: str) -> bytes:
+        """Status line and fields; the same for the rest of this second."""
+        fields = "Date: %s\r\n%s" % (self.date, connection)
+        if status not in (204, 304):
+            fields += ("Content-Type: %s\r\n" % content_type if content_type else "") + "Content-Length: %d\r\n" % size
+        head = ("HTTP/1.1 %d %s\r\n%s\r\n" % (status, REASONS.get(status, ""), fields)).encode("latin-1")
+        if len(self.response_heads) > 255:
+            self.response_heads.clear()
+        self.response_heads[status, content_type, size, connection] = head
+        return head
+
+    def watch(self, connection: Connection) -> None:
+        """Have the selector wait for what the connection waits for."""
+        if connection.state is not Connection.closed:
+            change = self._selector.modify if connection.interest else self._selector.register
+            connection.interest = WRITE if connection.state is Connection.flush else READ
+            change(connection.sock, connection.interest, connection.turn)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is about to be closed."""
+        self.connections.discard(connection)
+        if connection.interest:
+            self._selector.unregister(connection.sock)
+        self._accept_again()
+
+
+def initialize() -> None:
+    """Run the init_proc_cb's that have not run in this process."""
+    while pending_inits:
+        pending_inits.pop(0)()
+
+
+# ------------------------------------------------------------------------------------------------------------- mi_http
+# OpenSIPS' management interface: JSON-RPC 2.0 by POST, and the commands that every server has.
+
+mi_commands: dict[str, Callable] = {}
+encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+STARTED = time.time()
+
+
+class MIError(Exception):
+    """The code, the message and perhaps the data of a JSON-RPC error."""
+
+
+def register_mi(name: str, function: Callable) -> None:
+    """Add an MI command: a function that returns what JSON can say. Its signature is the parameter list of the command; text that comes for a
+    parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of the command's own.
+
+    It runs in the server's thread, and the server answers nobody else meanwhile. ConfigError: the name is taken. Any thread.
+    """
+    if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
+        raise ConfigError('MI command "%s": the name is taken, or has other characters than letters, digits and _.:-' % name)
+    mi_commands[name] = function
+
+
+def mi_parameters(function: Callable) -> Any:
+    """The signature of a command."""
+    from inspect import signature                           # takes 10 ms to import
+    return signature(function)
+
+
+def bind_parameters(function: Callable, given: Any) -> Any:
+    """What the command is called with; Invalid params if that is not what its signature says."""
+    try:
+        bound = mi_parameters(function).bind(*given) if isinstance(given, list) else mi_parameters(function).bind(**given)
+        for name, value in bound.arguments.items():
+            kind = {"int": int, "float": float}.get(getattr(bound.signature.parameters[name].annotation, "__name__", bound.signature.parameters[name].annotation))
+            if kind and isinstance(value, str):
+                if not re.fullmatch("-?[0-9]{1,18}" if kind is int else "-?[0-9]{1,18}([.][0-9]{1,18})?", value):
+                    raise TypeError("%s must be a number, not %r" % (name, value))
+                bound.arguments[name] = kind(value)
+        return bound
+    except TypeError as error:
+        raise MIError(-32602, "Invalid params", str(error)) from None
+
+
+def call_mi(call: Any) -> Optional[str]:
+    """Carry out one JSON-RPC request. Returns the response; None for a notification."""
+    call = call if isinstance(call, dict) else {"id": None}
+    ident, method, given = call.get("id"), call.get("method"), call.get("params", {})
+    known = isinstance(ident, (str, int, float, type(None))) and not isinstance(ident, bool) and ident not in (math.inf, -math.inf)
+    try:
+        if not (known and call.get("jsonrpc") == "2.0" and isinstance(method, str) and isinstance(given, (dict, list))):
+            call["id"] = ident = ident if known else None   # it is answered even if it has none
+            raise MIError(-32600, "Invalid Request")
+        if method not in mi_commands:
+            raise MIError(-32601, "Method not found")
+        bound = bind_parameters(mi_commands[method], given)
+        try:
+            answer = '"result":' + encode_json(mi_commands[method](*bound.args, **bound.kwargs))
+        except HTTPError as error:
+            raise MIError(error.status, error.reason) from None
+        except Exception as error:
+            log.error("the MI command %s failed", method, exc_info=error)
+            raise MIError(-32000, "Server error", "the command failed, the log of the server says why") from None
+    except MIError as error:
+        answer = '"error":' + encode_json(dict(zip(("code", "message", "data"), error.args)))
+    return '{"jsonrpc":"2.0",%s,"id":%s}' % (answer, encode_json(ident)) if "id" in call else None
+
+
+def answer_mi(request: Request, page: Page) -> int:
+    """JSON-RPC errors travel on 200. Content-Type and Origin keep the pages of other sites from posting commands through a browser."""
+    if not request.headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
+        raise HTTPError(415, "the Content-Type must be application/json")
+    if request.headers.get("origin", "").lower() not in ("", "%s://%s" % (request.scheme, request.headers.get("host", "").lower())):
+        raise HTTPError(403, "pages of another origin may not send commands")
+    try:
+        calls = json.loads(request.body.decode(), parse_constant=int)       # NaN and Infinity are no JSON: int() raises ValueError
+    except (ValueError, RecursionError):
+        page.write('{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}')
+        return 200
+    batch = isinstance(calls, list) and calls != []
+    answers = [answer for answer in map(call_mi, calls if batch else [calls]) if answer is not None]
+    try:
+        page.write("[%s]" % ",".join(answers) if batch and answers else "".join(answers))
+    except BufferError as error:
+        page.write('{"jsonrpc":"2.0","error":{"code":-32000,"message":"Server error","data":%s},"id":null}' % encode_json(str(error)))
+    return 200 if answers else 202
+
+
+def mi_http(params: dict[str, Any]) -> None:
+    """mod_init of mi_http."""
+    register_httpdcb("mi_http", params["root"], answer_mi, content_type="application/json", methods=("POST",))
+
+
+def mi_list_root_path() -> list:
+    return [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
+
+
+def mi_which(command: Optional[str] = None) -> list:
+    """All commands; or the parameter lists that one command takes, as opensips-cli wants them for its completion."""
+    if command is None:
+        return sorted(mi_commands)
+    if command not in mi_commands:
+        raise HTTPError(404, "unknown MI command")
+    parameters = mi_parameters(mi_commands[command]).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
+
+
+def mi_uptime() -> dict:
+    return {"Now": time.ctime(), "Up since": time.ctime(STARTED), "Up time": "%d [sec]" % (time.time() - STARTED)}
+
+
+def mi_ps() -> dict:
+    return {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": "HTTPD " + " ".join(server.url for server in servers)}]}
+
+
+def mi_get_statistics(statistics) -> dict:
+    """Values by `group:name`; asked for are `all`, `group:` or `name`."""
+    values = {"httpd:requests": sum(server.requests for server in servers), "httpd:connections": sum(len(server.connections) for server in servers),
+              "httpd:accepted": sum(server.accepted for server in servers), "httpd:held_bytes": sum(server.held for server in servers)}
+    wanted = [statistics] if isinstance(statistics, str) else statistics if isinstance(statistics, list) else []
+    found = {name: value for name, value in values.items() if {"all", name, name.partition(":")[0] + ":", name.partition(":")[2]} & {*map(str, wanted)}}
+    if not found:
+        raise HTTPError(404, "Statistics Not Found")
+    return found
+
+
+BUILT_IN = {"mi_http": mi_http}
+for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path, "which": mi_which, "uptime": mi_uptime,
+                       "version": lambda: {"Server": "httpd.py " + __version__}, "ps": mi_ps, "get_statistics": mi_get_statistics}.items():
+    register_mi(name, function)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+def run(**parameters: Any) -> None:
+    """What the command line does: a server with these parameters, until SIGTERM or SIGINT; the second one ends the grace. Main thread."""
+    server = Server(**parameters)
+    url = server.url                                        # OSError comes from here
+    previous = {number: signal.signal(number, lambda *_: server.stop(0 if server.stopping else None)) for number in (signal.SIGTERM, signal.SIGINT)}
+    print("httpd.py %s listens on %s" % (__version__, url if server.params.ip not in ("", "*") else url + " and every other address"))
+    for root in roots.values():
+        print("  /%s  %s" % (root.name, root.module), flush=True)
+    try:
+        server.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def describe_parameters() -> str:
+    """The table of parameters, for --help."""
+    lines = ["parameters, for the file or -o (those of other modules as -o module.name=value):"]
+    for module, rows in PARAMETERS.items():
+        lines += ["", "[%s]" % module] + ["  %-17s %s\n%20s(%s)" % (row.name, row.meaning, "", ", ".join(
+            filter(None, ["default %s" % (row.default if row.default != "" else "empty"), row.bounds()]))) for row in rows]
+    return "\n".join(lines)
+
+
+def print_in_force() -> None:
+    """What -t shows: the parameters, in the form of a configuration, and what is served."""
+    for module in ["httpd", *loaded]:
+        values = in_force(module) if module != "httpd" else {row.name: getattr(httpd_in_force(), row.name) for row in PARAMETERS["httpd"]}
+        print("[%s]" % module, *("%s = %s" % item for item in values.items()), "", sep="\n")
+    print(*("# /%s  %s" % (root.name, root.module) for root in roots.values()), sep="\n")
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    """The command line: 0, 1 for a bad configuration or a failed start, 2 for bad usage."""
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(), formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="the configuration")
+    parser.add_argument("-t", action="store_true", help="check the configuration, print what would be in force, and exit")
+    parser.add_argument("-o", metavar="NAME=VALUE", action="append", default=[], help="set a parameter after the file has")
+    parser.add_argument("-v", action="store_true", help="log what is refused and why connections end")
+    parser.add_argument("--version", action="version", version="httpd.py " + __version__)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.v else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        load_config(options.file, options.o)
+        if options.t:
+            print_in_force()
+        else:
+            run()
+        return 0
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.modules["httpd"] = sys.modules["__main__"]          # what `import httpd` gives the modules that the configuration loads
+    sys.exit(main())

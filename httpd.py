@@ -18,22 +18,20 @@ How a GET travels through this file:
 
     Server._turn                      one poll; the clock is read once for all that is ready
       Connection.turn                 runs states until one has to wait
-        Connection.idle               one recv(); a head seen before costs a dict look-up, any other goes
-          Connection.next_request     through here: where does the head end?
+        Connection.idle               one recv(); a head seen before costs a dict look-up, any other takes the way through
+          Connection.next_request     where does the head end?
             Server.admit              has it parsed and checked, and remembers it
               parse_head              bytes in, an immutable Head out, or HTTPError
-          Connection.begin_content    only if the request has content: receive_content until it is complete
+          Connection.begin_content    only if the request has content: receive_content until it is whole
           Connection.answer           find_root, a Request, and the access handler writes into the Page
             Connection.respond        puts the head right before the content, in the same buffer
         Connection.flush              one send(); then idle again, or next_request, or the end
 
-The rule of the one buffer: a server has one Page. The handler writes the content behind a headroom, the head is put right
-before it, and both leave in one send(). What the socket does not take, and the answers to pipelined requests, which leave
-together, are copied out and counted against memory_budget, so the page is free again when `turn` returns.
+The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined requests, which
+leave together, are copied out and counted against memory_budget, so the page is free again when `turn` returns.
 
-Who knows what: the parser knows bytes only, no socket, clock, log or parameter. A Connection runs states, and `turn` alone
-knows "would block". The Server alone knows the selector, the time and the set of connections. The modules at the end use
-public names only. A server lives in one thread; the others may call Server.stop() and the registry, nothing else.
+The parser knows bytes only. A Connection runs states, and `turn` alone knows "would block". The Server alone knows the selector, the
+time and the set of connections. The modules at the end use public names only. A server lives in one thread.
 """
 from __future__ import annotations
 
@@ -52,6 +50,8 @@ import threading
 import time
 from email.utils import formatdate
 from http import HTTPStatus
+from importlib import import_module
+from inspect import signature
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequence
@@ -88,16 +88,13 @@ class Parameter(NamedTuple):
     def convert(self, value: Any) -> Any:
         """The value in the parameter's type; ValueError says what it must be. Numbers may come as text of ASCII digits."""
         kind = type(self.default)
-        if kind is str:
-            value = os.fspath(value) if isinstance(value, os.PathLike) else value
-            if not isinstance(value, str):
-                raise ValueError("must be text")
-            self.check(value)
-            return value
+        if kind is str and isinstance(value, (str, os.PathLike)):
+            self.check(os.fspath(value))
+            return os.fspath(value)
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,6})?" if kind is float else "-?[0-9]{1,15}", value):
             value = kind(value)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ValueError("must be a number of seconds" if kind is float else "must be a whole number")
+        if kind is str or isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError({str: "must be text", int: "must be a whole number", float: "must be a number of seconds"}[kind])
         if not (self.low <= value <= self.high or self.zero and value == 0):
             raise ValueError("must be " + self.bounds())
         return kind(value)
@@ -146,8 +143,8 @@ def nearest(name: str, names) -> str:
     return "".join(', did you mean "%s"?' % match for match in get_close_matches(name, list(names), 1))
 
 
-def checked(module: str, name: str, value: Any) -> Any:
-    """The value as the parameter's row wants it; what a user's own module is given, its mod_init judges."""
+def convert(module: str, name: str, value: Any) -> Any:
+    """The value as the parameter's row wants it. What a module of the user's own is given, its mod_init judges."""
     rows = {row.name: row for row in PARAMETERS.get(module, ())}
     if rows and name not in rows:
         raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(name, rows)))
@@ -162,66 +159,58 @@ def modparam(module: str, name: str, value: Any) -> None:
 
     Raises ConfigError: an unknown name, a wrong type, out of bounds. Main thread, at start.
     """
-    params.setdefault(module, {})[name] = checked(module, name, value)
+    params.setdefault(module, {})[name] = convert(module, name, value)
 
 
 def in_force(module: str, **overrides: Any) -> dict[str, Any]:
     """All parameters of a module: the defaults, over them what modparam() has set, over that the keywords."""
-    defaults = {row.name: row.default for row in PARAMETERS.get(module, ())}
-    return {**defaults, **params.get(module, {}), **{name: checked(module, name, value) for name, value in overrides.items()}}
+    values = {row.name: row.default for row in PARAMETERS.get(module, ())}
+    return {**values, **params.get(module, {}), **{name: convert(module, name, value) for name, value in overrides.items()}}
 
 
 def httpd_in_force(**overrides: Any) -> SimpleNamespace:
     """The parameters of httpd itself, zeros resolved; ConfigError if they do not go together."""
     values = SimpleNamespace(**in_force("httpd", **overrides))
-    if bool(values.tls_cert_file) != bool(values.tls_key_file):
-        raise ConfigError("httpd: of tls_cert_file and tls_key_file only one is set: set both, or none")
-    if values.tls_cert_file:
+    if values.tls_cert_file or values.tls_key_file:
         raise ConfigError("httpd: this version has no TLS: unset tls_cert_file and tls_key_file, and put a proxy in front")
-    values.buf_size = values.buf_size or values.memory_budget // 4
     values.receive_buf_size = values.receive_buf_size or values.post_buf_size
-    values.memo_size = values.memory_budget // 4
-    values.held_size = values.memory_budget - values.buf_size - values.memo_size        # for requests and responses under way
     request = values.max_header_size + max(values.post_buf_size, values.receive_buf_size)
-    if values.held_size < request:
-        raise ConfigError("httpd: memory_budget %d has no room for buf_size and one whole request: set it to at least %d"
-                          % (values.memory_budget, (values.buf_size + request) * 4 // 3 + 4))
+    least = max(2 * request, 4 * (values.buf_size + request) // 3) + 4
+    if values.memory_budget < least:
+        raise ConfigError("httpd: memory_budget %d has no room for buf_size and a whole request: set it to at least %d" % (values.memory_budget, least))
+    values.buf_size = values.buf_size or values.memory_budget // 4
+    values.memo_size = values.memory_budget // 4                                        # for heads that have been parsed
+    values.held_size = values.memory_budget - values.buf_size - values.memo_size        # for requests and responses under way
     return values
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
     """Load one of this file's modules (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters as a dict.
 
-    OpenSIPS' way to write it, `mi_http.so`, is taken too. Raises ConfigError, also for a module that is loaded. Main thread, at start.
+    OpenSIPS' way to write it, `mi_http.so`, is taken too. Raises ConfigError, also if it is loaded already. Main thread, at start.
     """
     name = re.sub(r"^.*/|\.so$", "", name)
     for key, value in parameters.items():
         modparam(name, key, value)
-    if name == "httpd":                     # the transport itself is always there
-        return
     if name in loaded:
         raise ConfigError("%s: is loaded already" % name)
     try:
-        if name in BUILT_IN:
-            mod_init = BUILT_IN[name]
-        else:
-            from importlib import import_module
-            mod_init = getattr(import_module(name), "mod_init", dict)
-        mod_init(in_force(name))
+        if name != "httpd":                 # the transport itself is always there
+            (BUILT_IN.get(name) or getattr(import_module(name), "mod_init", dict))(in_force(name))
+            loaded.append(name)
     except ConfigError:
         raise
     except Exception as error:
         log.debug("%s: traceback", name, exc_info=True)
         hint = nearest(name, ["httpd", *BUILT_IN]) if isinstance(error, ModuleNotFoundError) else ""
         raise ConfigError("%s: cannot be loaded: %s: %s%s" % (name, type(error).__name__, error, hint)) from error
-    loaded.append(name)
 
 
 _TEXT = r'"(?:[^"\\]|\\.)*"'
 COMMENT = re.compile("(" + _TEXT + r")|(?:^|(?<=\s))[#;].*")
 LOAD_LINE = re.compile(r'\[\s*([^\]\s]+)\s*\]|loadmodule\s+"([^"]+)"\s*;?')
 MODPARAM_LINE = re.compile(r'modparam\s*\(\s*"([^"]+)"\s*,\s*"([^"]+)"\s*,\s*(' + _TEXT + r'|[^\s")]+)\s*\)\s*;?')
-VALUE_LINE = re.compile(r"([^\s=]+)\s*=\s*(" + _TEXT + r'|[^"].*|)')
+VALUE_LINE = re.compile(r"([^\s=]+)\s*=\s*(" + _TEXT + r'|[^"\s].*|)')
 
 
 def unquoted(text: str) -> str:
@@ -258,7 +247,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     """
     problems: list[str] = []
     lines = read_config(path, problems)
-    modules = {module: where for where, module, name, _ in reversed(lines) if not name}
+    modules: dict[str, str] = {}
+    for where, module, name, _ in lines:
+        if not name:
+            modules.setdefault(module, where)
     seen: dict[tuple[str, str], str] = {}
     for text in overrides:
         left, _, value = text.partition("=")
@@ -276,7 +268,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
             problems.append("%s: %s" % (where, error))
     if not problems:
         sys.path.append(os.path.dirname(os.path.abspath(path)))     # a module of the user's may lie beside its configuration
-    for module in list(modules)[::-1] if not problems else ():
+    for module in modules if not problems else ():
         try:
             loadmodule(module)
         except ConfigError as error:
@@ -291,15 +283,13 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 class HTTPError(Exception):
-    """Raised for what is the client's fault: answered with this status (400 to 599), these fields and one line of text, the reason.
+    """Raised for what is the client's fault, by a handler too: answered with this status, these fields and the reason as a line of text.
 
-    Access handlers may raise it. From an MI command, status and reason are the code and message of the JSON-RPC error.
+    From an MI command, status and reason are the code and the message of the JSON-RPC error.
     """
 
     def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
         super().__init__(status, reason)
-        if not 400 <= status <= 599:
-            raise ValueError("%r is no status of 400 to 599" % status)
         self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
 
 
@@ -345,9 +335,9 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
         raise ConfigError("%s: root path %s, not %r" % (module, error, root_path)) from None
     if name in roots:
         raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
-    if not callable(access_handler_cb) or not (init_proc_cb is None or callable(init_proc_cb)):
-        raise ConfigError('%s: root path "%s": the callbacks must be functions' % (module, name))
-    if isinstance(methods, str) or not all(map(TOKEN.fullmatch, methods)) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
+    if not callable(access_handler_cb):
+        raise ConfigError('%s: root path "%s": the access handler must be a function, not %r' % (module, name, access_handler_cb))
+    if isinstance(methods, str) or not all(isinstance(method, str) and TOKEN.fullmatch(method) for method in methods) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
         raise ConfigError('%s: root path "%s": methods must be a tuple of method names, not CONNECT or TRACE' % (module, name))
     check_field("Content-Type", content_type)
     handlers = dict.fromkeys(methods, access_handler_cb)
@@ -457,18 +447,27 @@ OWN_FIELDS = {"connection", "content-length", "date", "keep-alive", "transfer-en
 class Page:
     """The response in the making, on the one buffer of the server; the access handler gets it clean."""
 
-    __slots__ = ("content_type", "_view", "_size", "_end", "_fields")
+    __slots__ = ("_content_type", "_view", "_size", "_end", "_fields")
 
     def __init__(self, size: int):
         self._view = memoryview(bytearray(HEADROOM + size))
         self._size = HEADROOM + size
-        self.content_type = ""      # of the root; the handler may set another
+        self._content_type = ""
         self.clear()
+
+    @property
+    def content_type(self) -> str:
+        """The media type of the content: the root's, until the handler sets another."""
+        return self._content_type
+
+    @content_type.setter
+    def content_type(self, value: str) -> None:
+        check_field("Content-Type", value)
+        self._content_type = value
 
     def clear(self) -> None:
         """Forget the content and the header fields."""
-        self._end = HEADROOM
-        self._fields: list[tuple[str, str]] = []
+        self._end, self._fields = HEADROOM, ()
 
     def write(self, data) -> int:
         """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page), print(x, file=page).
@@ -493,14 +492,14 @@ class Page:
 
         Raises ValueError for CR, LF, NUL and whatever else may not stand there, and for the fields that are the server's to set.
         """
-        key = name.lower()
+        key, value = name.lower(), str(value)
         check_field(name, value)
         if key in OWN_FIELDS:
             raise ValueError("%s is set by the server" % name)
         if key == "content-type":
             self.content_type = value
         else:
-            self._fields = [field for field in self._fields if field[0].lower() != key or key == "set-cookie"] + [(name, value)]
+            self._fields = (*(field for field in self._fields if field[0].lower() != key or key == "set-cookie"), (name, value))
 
 
 # -------------------------------------------------------------------------------------------------------------- Parser
@@ -520,8 +519,7 @@ HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A
 CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*)\r\n")
 # What may still become one of these: bytes that cannot are refused at once, not when their line ends.
-START_LINE = re.compile(EMPTY_LINES.pattern + _TOKEN + rb' [!"$-~]+ HTTP/([0-9])\.[0-9]\r\n')
-START_LINE_BEGIN = re.compile(EMPTY_LINES.pattern + rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?')
+REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?')
 FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
 
@@ -575,13 +573,13 @@ def parse_head(raw: bytes, memo: Memo, methods) -> Head:
     fields = memo[block] if not old else None               # remembered as a HTTP/1.1 client's
     if fields is None and not FIELD_LINES.fullmatch(block):
         raise HTTPError(400, "malformed header field")
+    if version[0] != 49:                                    # "1"
+        raise HTTPError(505, "this server speaks HTTP/1.1")
     method, target = method.decode(), target.decode()
-    if path is None:
+    if path is None or method == "CONNECT":
         scheme, host, path, query = parse_target(method, target)
     else:
         scheme, host, path, query = "", "", path.decode(), query.decode() if query else ""
-    if version[0] != 49:                                    # "1"
-        raise HTTPError(505, "this server speaks HTTP/1.1")
     if fields is None and block.count(b"\n") > MAX_FIELDS:
         raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
     if method not in methods:
@@ -648,8 +646,8 @@ def parse_fields(block: bytes, old: bool) -> Fields:
     options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
     kept = "close" not in options and ("keep-alive" in options or not old)
     expect = headers.get("expect") if not old else None
-    kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect and expect.lower(), kind in FORM_TYPES)
+    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect and expect.lower(),
+                  media_type(headers.get("content-type", "")) in FORM_TYPES)
 
 
 def content_length(headers: Mapping[str, str], twice, old: bool) -> int:
@@ -674,10 +672,11 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
 
     Lines before `start` have been found good; returns the next `start`. The limit counts from the first byte of the request line.
     """
-    begin = data[:EMPTY_LINES.match(data).end() + limit]
+    empty = EMPTY_LINES.match(data).end()
+    begin = data[:empty + limit]
     if not start:
-        match = START_LINE.match(begin)
-        if not match and not START_LINE_BEGIN.fullmatch(begin):
+        match = REQUEST_LINE.match(begin, empty) if begin.find(b"\r\n", empty) > 0 else None
+        if not match and not REQUEST_LINE_BEGIN.fullmatch(begin, empty):
             raise HTTPError(400, "malformed request line")
         start = match.end() if match else 0
     if start and not FIELD_LINES_BEGIN.fullmatch(begin, start):
@@ -685,7 +684,7 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
     if len(data) > len(begin):
         if not start:
             raise HTTPError(414, "the request line is longer than max_header_size, %d bytes" % limit)
-        if START_LINE.match(begin)[1] != b"1":
+        if not REQUEST_LINE.match(begin, empty)[5].startswith(b"1"):
             raise HTTPError(505, "this server speaks HTTP/1.1")
         raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
     return start and begin.rfind(b"\r\n") + 2
@@ -707,12 +706,13 @@ def decode_content(length: int, limit: int, overhead: int) -> Generator[int, byt
         return bytes(data[:length]), bytes(data[length:])
     size = -1
     while size:
-        match = CHUNK_LINE.match(data)
-        while not match:
-            if b"\r\n" in data or not CHUNK_LINE_BEGIN.fullmatch(data) or len(data) > overhead + 17:
+        while b"\r\n" not in data:
+            if not CHUNK_LINE_BEGIN.fullmatch(data) or len(data) > overhead + 17:
                 raise HTTPError(400, "malformed chunk size or extension")
             data += yield len(content) + len(data)
-            match = CHUNK_LINE.match(data)
+        match = CHUNK_LINE.match(data)
+        if not match:
+            raise HTTPError(400, "malformed chunk size or extension")
         size, overhead = int(match[1], 16), overhead - len(match[2])
         if overhead < 0:
             raise HTTPError(400, "the chunk extensions are too long")
@@ -745,14 +745,12 @@ def check_trailers(data: bytes, limit: int) -> None:
 
 def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
     """The fields of a query, then those of a body that is a form."""
+    form: dict[str, list] = {}
     pairs: list[tuple] = parse_qsl(query, keep_blank_values=True)
-    kind = content_type.partition(";")[0].strip(" \t").lower()
+    kind = media_type(content_type)
     if kind == FORM_TYPES[0]:
         pairs += parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-    elif kind == FORM_TYPES[1]:
-        pairs += parse_multipart(content_type, body)
-    form: dict[str, list] = {}
-    for name, value in pairs:
+    for name, value in pairs + (parse_multipart(content_type, body) if kind == FORM_TYPES[1] else []):
         form.setdefault(name, []).append(value)
     return form
 
@@ -761,11 +759,11 @@ def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
     """The parts of a multipart/form-data body (RFC 7578): a str, or a FormFile where there is a filename."""
     from email.parser import HeaderParser
     boundary = HeaderParser().parsestr("Content-Type: " + content_type).get_boundary("").encode("latin-1", "replace")
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
-    if not 0 < len(boundary) <= 70 or len(parts) < 2 or not re.fullmatch(rb"--[ \t]*(?:\r\n.*)?", parts.pop(), re.DOTALL):
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
+    if not 0 < len(boundary) <= 70 or not parts or not re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop()):
         raise HTTPError(400, "the form does not end with its boundary")
     pairs: list[tuple[str, Any]] = []
-    for part in parts[1:]:
+    for part in parts:
         head, found, content = part.partition(b"\r\n\r\n")
         fields = HeaderParser().parsestr(head.lstrip(b" \t\r\n").decode("utf-8", "replace"))
         name, filename = fields.get_param("name", header="content-disposition"), fields.get_filename()
@@ -773,6 +771,10 @@ def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
             raise HTTPError(400, "a part of the form has no name")
         pairs.append((name, content.decode("utf-8", "replace") if filename is None else FormFile(filename, fields.get_content_type(), content)))
     return pairs
+
+
+def media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip(" \t").lower()
 
 
 class Memo(dict):
@@ -873,13 +875,14 @@ class Connection:
 
     def receive_head(self) -> bool:
         """The beginning of a head is here."""
-        self.received += self.receive()
-        return self.next_request()
+        data = self.receive()
+        self.received += data
+        return self.next_request() if data else self.close()
 
     def receive(self) -> bytes:
         """More of a request."""
         data = self.sock.recv(RECEIVE_SIZE)
-        if not data:
+        if not data and (self.content or self.received.strip(b"\r\n")):
             raise HTTPError(400, "the connection ended inside a request")
         return data
 
@@ -956,7 +959,7 @@ class Connection:
         page.clear()
         try:
             root, handler = find_root(head)
-            page.content_type = root.content_type
+            page._content_type = root.content_type
             status = handler(Request(self, head, root, body), page)
             if status != 200:
                 status = checked_status(status, page)
@@ -973,7 +976,7 @@ class Connection:
         end = page._end
         if server.stopping:
             connection = CLOSED
-        key = (status, page.content_type, end - HEADROOM, connection)
+        key = (status, page._content_type, end - HEADROOM, connection)
         head = server.response_heads.get(key) or server.response_head(*key)
         if page._fields:
             head = head[:-2] + "".join("%s: %s\r\n" % field for field in page._fields).encode("latin-1") + b"\r\n"
@@ -1159,9 +1162,10 @@ class Server:
         self._next_tick = 0.0
         self._evictable: list[tuple[float, Connection]] = []
         self._selector: Optional[selectors.EpollSelector] = None        # while it listens
-        self._accepting = False
+        self._accepting = False                             # the selector watches the listener
         self._serving: Optional[int] = None                 # the thread inside run() or run_once()
         self._thread: Optional[threading.Thread] = None     # that of start()
+        self._initialized = False
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -1171,13 +1175,15 @@ class Server:
 
     def start(self) -> None:
         """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one failed, or after stop()."""
+        if self._ended.is_set():
+            raise RuntimeError("a server starts only once: make a new one")
         self._open()
         ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(ready,), name="httpd", daemon=True)
         self._thread.start()
         ready.wait()
-        if self._ended.is_set() and not self.stopping:
-            raise RuntimeError("an init_proc_cb failed, or the server was stopped before: make a new one")
+        if not self._initialized:
+            raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), and close everything.
@@ -1252,7 +1258,7 @@ class Server:
             self._selector = selectors.EpollSelector()
             self._selector.register(self._woken, READ, self._begin_stop)
             self._address = self._listener.getsockname()[:2]
-            self._accept_again()
+            self._set_accepting(not self.stopping)
             servers.add(self)
 
     def _serve(self, ready: threading.Event) -> None:
@@ -1262,6 +1268,7 @@ class Server:
             return ready.set()
         try:
             initialize()
+            self._initialized = True
             ready.set()
             while not self._drained():
                 self._turn(self.timeout())
@@ -1286,34 +1293,30 @@ class Server:
         initialize()
         for connection in [connection for connection in self.connections if connection.deadline <= self.now]:
             connection.expire()
-        self._accept_again()
+        self._set_accepting(not self.stopping)
 
-    def _accept_again(self) -> None:
-        if not self._accepting and not self.stopping:
-            self._selector.register(self._listener, READ, self._accept)
-            self._accepting = True
-
-    def _stop_accepting(self) -> None:
-        if self._accepting:
-            self._selector.unregister(self._listener)
-            self._accepting = False
+    def _set_accepting(self, wanted: bool) -> None:
+        """Watch the listener, or leave it alone for a while."""
+        if wanted != self._accepting:
+            self._selector.register(self._listener, READ, self._accept) if wanted else self._selector.unregister(self._listener)
+            self._accepting = wanted
 
     def _accept(self) -> None:
         """Take in those who wait, and answer at once who has sent a request already."""
         for _ in range(ACCEPT_BATCH):
-            full = len(self.connections) >= self.max_connections and not self._make_room()
             try:
                 sock, peer = self._listener.accept()
             except OSError as error:                        # mostly BlockingIOError: nobody waits any more
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
                     log.error("nobody is taken in for a second: %s", error)
-                    self._stop_accepting()                  # the listener would be readable all the time
+                    self._set_accepting(False)                  # the listener would be readable all the time
                 return
             sock.setblocking(False)
             self.accepted += 1
             connection = Connection(self, sock, peer)
+            room = len(self.connections) < self.max_connections or self._make_room()
             self.connections.add(connection)
-            if full:
+            if not room:
                 connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
             connection.turn()
 
@@ -1335,7 +1338,7 @@ class Server:
         """What stop() asks for, in the thread that serves."""
         self._woken.recv(64)
         self.stopping, self._next_tick = True, self.now
-        self._stop_accepting()
+        self._set_accepting(False)
         self._listener.close()
         for connection in [connection for connection in self.connections if connection.state is Connection.idle]:
             connection.close()
@@ -1346,7 +1349,8 @@ class Server:
 
     def _close(self) -> None:
         """Give every descriptor back."""
-        self.stopping = self.stopping or not self._stop_accepting()
+        self.stopping = True                                # nobody is taken in for those that go
+        self._set_accepting(False)
         for connection in list(self.connections):
             connection.close()
         for closable in (self._listener, self._woken, self._wake, self._selector):
@@ -1386,7 +1390,7 @@ class Server:
         self.connections.discard(connection)
         if connection.interest:
             self._selector.unregister(connection.sock)
-        self._accept_again()
+        self._set_accepting(not self.stopping)
 
 
 def initialize() -> None:
@@ -1400,11 +1404,8 @@ def initialize() -> None:
 
 mi_commands: dict[str, Callable] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+NUMBERS = dict.fromkeys((int, "int"), "-?(0|[1-9][0-9]{0,17})") | dict.fromkeys((float, "float"), "-?(0|[1-9][0-9]{0,17})([.][0-9]{1,17})?")
 STARTED = time.time()
-
-
-class MIError(Exception):
-    """The code, the message and perhaps the data of a JSON-RPC error."""
 
 
 def register_mi(name: str, function: Callable) -> None:
@@ -1418,48 +1419,41 @@ def register_mi(name: str, function: Callable) -> None:
     mi_commands[name] = function
 
 
-def mi_parameters(function: Callable) -> Any:
-    """The signature of a command."""
-    from inspect import signature                           # takes 10 ms to import
-    return signature(function)
-
-
 def bind_parameters(function: Callable, given: Any) -> Any:
-    """What the command is called with; Invalid params if that is not what its signature says."""
-    try:
-        bound = mi_parameters(function).bind(*given) if isinstance(given, list) else mi_parameters(function).bind(**given)
-        for name, value in bound.arguments.items():
-            kind = {"int": int, "float": float}.get(getattr(bound.signature.parameters[name].annotation, "__name__", bound.signature.parameters[name].annotation))
-            if kind and isinstance(value, str):
-                if not re.fullmatch("-?[0-9]{1,18}" if kind is int else "-?[0-9]{1,18}([.][0-9]{1,18})?", value):
-                    raise TypeError("%s must be a number, not %r" % (name, value))
-                bound.arguments[name] = kind(value)
-        return bound
-    except TypeError as error:
-        raise MIError(-32602, "Invalid params", str(error)) from None
+    """What the command is called with; TypeError if that is not what its signature says."""
+    bound = signature(function).bind(*given) if isinstance(given, list) else signature(function).bind(**given)
+    for name, value in bound.arguments.items():
+        pattern = NUMBERS.get(bound.signature.parameters[name].annotation)
+        if pattern and isinstance(value, str):
+            if not re.fullmatch(pattern, value):
+                raise TypeError("%s must be a number, not %r" % (name, value))
+            bound.arguments[name] = json.loads(value)
+    return bound
 
 
 def call_mi(call: Any) -> Optional[str]:
     """Carry out one JSON-RPC request. Returns the response; None for a notification."""
     call = call if isinstance(call, dict) else {"id": None}
-    ident, method, given = call.get("id"), call.get("method"), call.get("params", {})
-    known = isinstance(ident, (str, int, float, type(None))) and not isinstance(ident, bool) and ident not in (math.inf, -math.inf)
+    ident, method, given, data = call.get("id"), call.get("method"), call.get("params", {}), None
+    if not isinstance(ident, (str, int, float, type(None))) or isinstance(ident, bool) or ident in (math.inf, -math.inf):
+        ident = call["jsonrpc"] = None
     try:
-        if not (known and call.get("jsonrpc") == "2.0" and isinstance(method, str) and isinstance(given, (dict, list))):
-            call["id"] = ident = ident if known else None   # it is answered even if it has none
-            raise MIError(-32600, "Invalid Request")
+        if call.get("jsonrpc") != "2.0" or not isinstance(method, str) or not isinstance(given, (dict, list)):
+            call["id"] = ident                              # answered even if it has none
+            raise HTTPError(-32600, "Invalid Request")
         if method not in mi_commands:
-            raise MIError(-32601, "Method not found")
-        bound = bind_parameters(mi_commands[method], given)
+            raise HTTPError(-32601, "Method not found")
         try:
-            answer = '"result":' + encode_json(mi_commands[method](*bound.args, **bound.kwargs))
-        except HTTPError as error:
-            raise MIError(error.status, error.reason) from None
-        except Exception as error:
+            bound = bind_parameters(mi_commands[method], given)
+        except TypeError as error:
+            data = str(error)
+            raise HTTPError(-32602, "Invalid params") from None
+        answer = '"result":' + encode_json(mi_commands[method](*bound.args, **bound.kwargs))
+    except Exception as error:
+        if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
-            raise MIError(-32000, "Server error", "the command failed, the log of the server says why") from None
-    except MIError as error:
-        answer = '"error":' + encode_json(dict(zip(("code", "message", "data"), error.args)))
+            error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
+        answer = '"error":' + encode_json({"code": error.status, "message": error.reason, **({"data": data} if data else {})})
     return '{"jsonrpc":"2.0",%s,"id":%s}' % (answer, encode_json(ident)) if "id" in call else None
 
 
@@ -1498,7 +1492,7 @@ def mi_which(command: Optional[str] = None) -> list:
         return sorted(mi_commands)
     if command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
-    parameters = mi_parameters(mi_commands[command]).parameters.values()
+    parameters = signature(mi_commands[command]).parameters.values()
     names = [parameter.name for parameter in parameters]
     return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
 

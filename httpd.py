@@ -18,7 +18,7 @@ How a GET travels through this file:
 
     Server._turn                      one poll; the clock is read once for all that is ready
       Connection.turn                 runs states until one has to wait
-        Connection.idle               one recv(); a head seen before costs a dict look-up, any other takes the way through
+        Connection.idle               one recv(); a head seen before costs a dict look-up, any other comes by
           Connection.next_request     where does the head end?
             Server.admit              has it parsed and checked, and remembers it
               parse_head              bytes in, an immutable Head out, or HTTPError
@@ -27,27 +27,15 @@ How a GET travels through this file:
             Connection.respond        puts the head right before the content, in the same buffer
         Connection.flush              one send(); then idle again, or next_request, or the end
 
-The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined requests, which
-leave together, are copied out and counted against memory_budget, so the page is free again when `turn` returns.
+The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined
+requests, which leave together, are copied out and counted against memory_budget: it is free again when `turn` returns.
 
-The parser knows bytes only. A Connection runs states, and `turn` alone knows "would block". The Server alone knows the selector, the
-time and the set of connections. The modules at the end use public names only. A server lives in one thread.
+The parser knows bytes only. A Connection runs states, and `turn` alone knows "would block". The Server alone knows the
+selector, the time and the set of connections. A server lives in one thread.
 """
 from __future__ import annotations
 
-import errno
-import json
-import logging
-import math
-import os
-import re
-import resource
-import selectors
-import signal
-import socket
-import sys
-import threading
-import time
+import errno, json, logging, math, os, re, resource, selectors, signal, socket, sys, threading, time
 from email.utils import formatdate
 from http import HTTPStatus
 from importlib import import_module
@@ -58,8 +46,8 @@ from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequ
 from urllib.parse import parse_qsl, unquote
 
 __version__ = "0.1"
-__all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server", "run", "Request",
-           "Page", "FormFile", "HTTPError", "ConfigError"]
+__all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server",
+           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError"]
 log = logging.getLogger("httpd")
 
 
@@ -71,7 +59,6 @@ class ConfigError(ValueError):
 
 class Parameter(NamedTuple):
     """A row of the table: the type of the default is the parameter's type."""
-
     name: str
     default: Any
     meaning: str
@@ -86,15 +73,15 @@ class Parameter(NamedTuple):
         return "" if isinstance(self.default, str) else "0 or " * self.zero + words
 
     def convert(self, value: Any) -> Any:
-        """The value in the parameter's type; ValueError says what it must be. Numbers may come as text of ASCII digits."""
+        """The value in the parameter's type; ValueError says what it must be. Numbers may come as ASCII digits."""
         kind = type(self.default)
         if kind is str and isinstance(value, (str, os.PathLike)):
             self.check(os.fspath(value))
             return os.fspath(value)
-        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,6})?" if kind is float else "-?[0-9]{1,15}", value):
+        if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}" + r"(\.[0-9]{1,6})?" * (kind is float), value):
             value = kind(value)
         if kind is str or isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ValueError({str: "must be text", int: "must be a whole number", float: "must be a number of seconds"}[kind])
+            raise ValueError("must be " + {str: "text", int: "a whole number", float: "a number of seconds"}[kind])
         if not (self.low <= value <= self.high or self.zero and value == 0):
             raise ValueError("must be " + self.bounds())
         return kind(value)
@@ -103,7 +90,8 @@ class Parameter(NamedTuple):
 def check_address(text: str) -> None:
     """Names are not looked up: that could stall the start, or turn out differently the next time."""
     try:
-        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text if text not in ("", "*") else "0.0.0.0")
+        if text not in ("", "*"):
+            socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     except (OSError, ValueError):
         raise ValueError("must be an IPv4 or IPv6 address, or empty or * for all of them") from None
 
@@ -120,20 +108,20 @@ PARAMETERS = {
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
         Parameter("memory_budget", 4 * 2**20, "bytes that a process may hold for all connections together", 2**16),
         Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget", 256, zero=True),
-        Parameter("post_buf_size", 1024, "bytes of the largest content of a request that is held in memory; larger: 413", 256),
+        Parameter("post_buf_size", 1024, "bytes of the largest request content held in memory; larger: 413", 256),
         Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size", 256, zero=True),
         Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
         Parameter("tls_key_file", "", "its private key, PEM"),
         Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "GnuTLS priority string"),
-        Parameter("conn_timeout", 30.0, "seconds that an idle connection, or one that takes no bytes, is kept; 0: for ever"),
-        Parameter("request_timeout", 10.0, "seconds for the head, from its first byte; content has 1 s more per 500 bytes", 0.001),
+        Parameter("conn_timeout", 30.0, "seconds an idle connection, or one that takes no bytes, is kept; 0: for ever"),
+        Parameter("request_timeout", 10.0, "seconds for a head from its first byte; content: 1 s more per 500 B", 0.1),
         Parameter("max_connections", 0, "connections at a time; 0: what RLIMIT_NOFILE allows", 1, zero=True),
         Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**20),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
     ),
     "mi_http": (Parameter("root", "mi", "root path of JSON-RPC", check=check_root),),
 }
-params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set; the others have their defaults
+params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
 
 
@@ -165,29 +153,32 @@ def modparam(module: str, name: str, value: Any) -> None:
 def in_force(module: str, **overrides: Any) -> dict[str, Any]:
     """All parameters of a module: the defaults, over them what modparam() has set, over that the keywords."""
     values = {row.name: row.default for row in PARAMETERS.get(module, ())}
-    return {**values, **params.get(module, {}), **{name: convert(module, name, value) for name, value in overrides.items()}}
+    values.update(params.get(module, {}))
+    values.update((name, convert(module, name, value)) for name, value in overrides.items())
+    return values
 
 
 def httpd_in_force(**overrides: Any) -> SimpleNamespace:
     """The parameters of httpd itself, zeros resolved; ConfigError if they do not go together."""
     values = SimpleNamespace(**in_force("httpd", **overrides))
     if values.tls_cert_file or values.tls_key_file:
-        raise ConfigError("httpd: this version has no TLS: unset tls_cert_file and tls_key_file, and put a proxy in front")
+        raise ConfigError("httpd: this version has no TLS: unset tls_cert_file and tls_key_file")
     values.receive_buf_size = values.receive_buf_size or values.post_buf_size
     request = values.max_header_size + max(values.post_buf_size, values.receive_buf_size)
     least = max(2 * request, 4 * (values.buf_size + request) // 3) + 4
     if values.memory_budget < least:
-        raise ConfigError("httpd: memory_budget %d has no room for buf_size and a whole request: set it to at least %d" % (values.memory_budget, least))
+        raise ConfigError("httpd: memory_budget %d has no room for buf_size and a whole request: set it to at least %d"
+                          % (values.memory_budget, least))
     values.buf_size = values.buf_size or values.memory_budget // 4
-    values.memo_size = values.memory_budget // 4                                        # for heads that have been parsed
-    values.held_size = values.memory_budget - values.buf_size - values.memo_size        # for requests and responses under way
+    values.memo_size = values.memory_budget // 4            # for heads that have been parsed,
+    values.held_size = values.memory_budget - values.buf_size - values.memo_size    # and for what is under way
     return values
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
-    """Load one of this file's modules (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters as a dict.
+    """Load a module of this file (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters, a dict.
 
-    OpenSIPS' way to write it, `mi_http.so`, is taken too. Raises ConfigError, also if it is loaded already. Main thread, at start.
+    OpenSIPS' way to write it, `mi_http.so`, is taken too. ConfigError, also if it is loaded. Main thread, at start.
     """
     name = re.sub(r"^.*/|\.so$", "", name)
     for key, value in parameters.items():
@@ -235,15 +226,15 @@ def read_config(path: str, problems: list[str]) -> list[tuple[str, str, str, str
         elif section and (match := VALUE_LINE.fullmatch(line)):
             found.append((where, section, match[1], unquoted(match[2])))
         elif line:
-            problems.append('%s: cannot read %r: write [module] and below it name = value, or modparam("module", "name", value), '
-                            'or loadmodule "name.so"' % (where, line))
+            problems.append('%s: cannot read %r: write [module], below it name = value, or modparam("module", "name", '
+                            'value), and loadmodule "name.so"' % (where, line))
     return found
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
-    """Read a configuration file: set its parameters, over them `overrides` (name=value, module.name=value), load its modules in order.
+    """Read a configuration: set its parameters, then `overrides` (name=value, module.name=value), load its modules.
 
-    Raises ConfigError with all problems of the file, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start.
+    Raises ConfigError with all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start.
     """
     problems: list[str] = []
     lines = read_config(path, problems)
@@ -259,7 +250,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     for where, module, name, value in lines:
         try:
             if name and module not in modules and module != "httpd":
-                raise ConfigError('%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, nearest(module, ["httpd", *modules])))
+                hint = nearest(module, ["httpd", *modules])
+                raise ConfigError('%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint))
             if name and seen.setdefault((module, name), where) != where and not where.startswith("-o "):
                 raise ConfigError("%s: %s is set already, at %s" % (module, name, seen[module, name]))
             if name:
@@ -267,7 +259,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
         except ConfigError as error:
             problems.append("%s: %s" % (where, error))
     if not problems:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))     # a module of the user's may lie beside its configuration
+        sys.path.append(os.path.dirname(os.path.abspath(path)))     # a user's module may lie beside it
     for module in modules if not problems else ():
         try:
             loadmodule(module)
@@ -283,7 +275,7 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 class HTTPError(Exception):
-    """Raised for what is the client's fault, by a handler too: answered with this status, these fields and the reason as a line of text.
+    """The client's fault, for handlers too: answered with this status, these fields and the reason as a line of text.
 
     From an MI command, status and reason are the code and the message of the JSON-RPC error.
     """
@@ -295,7 +287,6 @@ class HTTPError(Exception):
 
 class Root(NamedTuple):
     """A root path and who answers there, by method."""
-
     name: str
     module: str
     handlers: Mapping[str, Callable]
@@ -313,15 +304,16 @@ known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TR
 
 
 def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[Request, Page], int],
-                     init_proc_cb: Optional[Callable[[], None]] = None, *, content_type: str = "text/html; charset=utf-8",
-                     methods: tuple = ("GET", "POST")) -> None:
+                     init_proc_cb: Optional[Callable[[], None]] = None, *,
+                     content_type: str = "text/html; charset=utf-8", methods: tuple = ("GET", "POST")) -> None:
     """Have `access_handler_cb(request, page) -> status` answer every request at and below `/root_path`.
 
     module             who registers: for error texts and httpd_list_root_path
-    root_path          a path segment of letters, digits and _, blanks around it trimmed; "" takes what no other root takes
-    access_handler_cb  called in the server's thread when the request is complete, content included. It writes the content of the
-                       response with page.write() and returns the status, 200 to 599. HTTPError is answered as it says, any other
-                       exception with 500 and a traceback in the log. While it runs, the server answers nobody else
+    root_path          one segment of letters, digits and _, blanks around it trimmed; "" takes what no other root takes
+    access_handler_cb  called in the server's thread when the request is complete, content included. It writes the
+                       content of the response with page.write() and returns the status, 200 to 599. HTTPError is
+                       answered as it says, another exception with 500 and a traceback in the log. Be quick: nobody
+                       else is served meanwhile
     init_proc_cb       called once in every process that serves, in the server's thread, before the first request
     content_type       of the response, unless the handler sets page.content_type
     methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
@@ -336,9 +328,10 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
     if name in roots:
         raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
     if not callable(access_handler_cb):
-        raise ConfigError('%s: root path "%s": the access handler must be a function, not %r' % (module, name, access_handler_cb))
-    if isinstance(methods, str) or not all(isinstance(method, str) and TOKEN.fullmatch(method) for method in methods) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
-        raise ConfigError('%s: root path "%s": methods must be a tuple of method names, not CONNECT or TRACE' % (module, name))
+        raise ConfigError('%s: root path "%s": no function: %r' % (module, name, access_handler_cb))
+    words = [method for method in methods if isinstance(method, str) and TOKEN.fullmatch(method)]
+    if isinstance(methods, str) or len(words) < len(methods) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
+        raise ConfigError('%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE' % (module, name))
     check_field("Content-Type", content_type)
     handlers = dict.fromkeys(methods, access_handler_cb)
     if "GET" in handlers:
@@ -379,7 +372,6 @@ def answer_options(request: Request, page: Page) -> int:
 
 class FormFile(NamedTuple):
     """A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes."""
-
     filename: str
     content_type: str
     content: bytes
@@ -398,22 +390,26 @@ class Request:
         self.body = body            # the content, transfer coding taken off
         self.state = None
 
-    method = property(attrgetter("_head.method"), doc="as sent, such as GET. For HEAD the same is written as for GET; it is not sent")
+    method = property(attrgetter("_head.method"), doc="as sent, such as GET. For HEAD the content is not sent")
     target = property(attrgetter("_head.target"), doc="the request target as sent")
     version = property(attrgetter("_head.version"), doc="HTTP/1.1 or HTTP/1.0")
     path = property(attrgetter("_head.path"), doc="percent-decoded once; bytes that are not UTF-8 are U+FFFD")
-    query = property(attrgetter("_head.query"), doc="what stands behind the ?, as sent; lookup_arg() and form decode it")
-    headers = property(attrgetter("_head.fields.headers"), doc="lower-case name -> value; values of the same name joined by a comma")
+    query = property(attrgetter("_head.query"), doc="what stands behind the ?, as sent; see lookup_arg")
+    headers = property(attrgetter("_head.fields.headers"), doc="lower-case name -> value, several joined by a comma")
     scheme = property(attrgetter("_connection.server.scheme"), doc="http or https")
     root = property(attrgetter("_root.name"), doc="the root path that has taken the request")
-    url = property(lambda self: self._head.url if self._root.name else self._head.path, doc='the path below the root: "", "/" or "/x"')
-    client = property(lambda self: plain_address(self._connection.peer), doc="address and port of the peer; on a Unix socket empty and 0")
-    server = property(lambda self: plain_address(self._connection.sock.getsockname()), doc="address and port that the client has chosen")
+    client = property(lambda self: plain_address(self._connection.peer), doc="address and port of the peer")
+    server = property(lambda self: plain_address(self._connection.sock.getsockname()), doc="those it is connected to")
     closed = property(lambda self: self._connection.sock.fileno() < 0, doc="True once the client is gone")
 
     @property
+    def url(self) -> str:
+        """The path below the root: "", "/" or "/x"; for the root "" the whole path."""
+        return self._head.url if self._root.name else self._head.path
+
+    @property
     def form(self) -> dict[str, list]:
-        """The fields of the query, then those of an urlencoded or multipart body: name -> values, each a str or a FormFile.
+        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile.
 
         Raises HTTPError 400 if the body is not what its Content-Type says.
         """
@@ -490,7 +486,7 @@ class Page:
     def set_header(self, name: str, value: str) -> None:
         """Set a header field; one of that name is replaced, Set-Cookie excepted.
 
-        Raises ValueError for CR, LF, NUL and whatever else may not stand there, and for the fields that are the server's to set.
+        Raises ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets.
         """
         key, value = name.lower(), str(value)
         check_field(name, value)
@@ -499,11 +495,12 @@ class Page:
         if key == "content-type":
             self.content_type = value
         else:
-            self._fields = (*(field for field in self._fields if field[0].lower() != key or key == "set-cookie"), (name, value))
+            others = (field for field in self._fields if field[0].lower() != key or key == "set-cookie")
+            self._fields = (*others, (name, value))
 
 
 # -------------------------------------------------------------------------------------------------------------- Parser
-# Bytes in, immutable heads out. RFC 9110 and 9112; where they leave a choice, the strict one. Nothing is repaired: a doubt is a 400.
+# Bytes in, immutable heads out. RFC 9110 and 9112, and where they leave a choice, the strict one: a doubt is a 400.
 
 _ESCAPED = rb"%(?!00)[0-9A-Fa-f]{2}"
 _PATH = rb'/[!"$&->@-~]*(?:' + _ESCAPED + rb'[!"$&->@-~]*)*'            # RFC 3986, 3.3: visible ASCII but # and ?
@@ -512,14 +509,17 @@ _VALUE = FIELD_VALUE.pattern.encode("latin-1")
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'         # RFC 9110, 5.6.4
 _LINES = rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*"
 EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")                             # RFC 9112, 2.2: clients that send too many
-REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUERY + rb"))?|(?!/)" + _QUERY + rb") HTTP/([0-9]\.[0-9])\r\n")
+REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUERY + rb"))?|(?!/)" + _QUERY
+                          + rb") HTTP/([0-9]\.[0-9])\r\n")
 FIELD_LINES = re.compile(_LINES)
 ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
 CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*)\r\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|"
+                        + _QUOTED + rb"))?)*)\r\n")
 # What may still become one of these: bytes that cannot are refused at once, not when their line ends.
-REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?')
+REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|'
+                                rb"HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?")
 FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
 
@@ -527,15 +527,14 @@ CHUNKED = -1
 MAX_FIELDS = 128
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 # RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
-NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range content-type cookie expect host "
-                        "max-forwards origin range te trailer transfer-encoding upgrade".split())
+NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range cookie "
+                        "host content-type expect max-forwards origin range te trailer transfer-encoding upgrade".split())
 # What the answer says about the connection (RFC 9112, 9.3).
 KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
 
 
 class Fields(NamedTuple):
     """A header section. Requests that bring the same bytes share it."""
-
     headers: Mapping[str, str]
     length: int                 # of the content; or CHUNKED
     connection: str             # what to answer: KEPT, KEPT_1_0 or CLOSED
@@ -545,7 +544,6 @@ class Fields(NamedTuple):
 
 class Head(NamedTuple):
     """A request line and header section that the parser has accepted."""
-
     method: str
     target: str
     version: str
@@ -560,7 +558,7 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes, memo: Memo, methods) -> Head:
-    """A whole head, from the request line to the empty line. `memo` remembers header sections; `methods` are those that are known.
+    """A whole head, to its empty line. `memo` remembers header sections; `methods` are those that are known.
 
     The order of checks: grammar, version, sizes, method, Host, framing.
     """
@@ -593,20 +591,25 @@ def parse_head(raw: bytes, memo: Memo, methods) -> Head:
     if "%" in path:
         path = unquote(path)
     root, slash, rest = path[1:].partition("/") if path != "*" else ("*", "", "")
-    return Head(method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query, root, slash + rest, scheme, fields.length,
-                fields.connection, fields)
+    return Head(method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query, root, slash + rest, scheme,
+                fields.length, fields.connection, fields)
+
+
+def require(condition: Any, status: int, reason: str) -> None:
+    """A rule that the client has to keep."""
+    if not condition:
+        raise HTTPError(status, reason)
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
     """Scheme, host, path and query of a target that is not in origin-form (RFC 9112, 3.2)."""
     if target == "*" and method == "OPTIONS":
         return "", "", "*", ""
-    if method == "CONNECT" and re.fullmatch(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}", target):
-        parse_host(target)
-        return "", "", "/", ""
+    if method == "CONNECT":
+        require(re.fullmatch(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}", target), 400, "CONNECT wants host:port")
+        return "", parse_host(target), "/", ""
     match = ABSOLUTE_FORM.fullmatch(target)
-    if not match or method == "CONNECT":
-        raise HTTPError(400, "malformed request target")
+    require(match, 400, "malformed request target")
     scheme, host, path, query = match.groups()
     parse_host(host)
     return scheme.lower(), host, path or ("*" if method == "OPTIONS" and query is None else "/"), query or ""
@@ -615,14 +618,12 @@ def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
 def parse_host(text: str) -> str:
     """The host of `host[:port]` in lower case (RFC 9110, 7.2). It is not empty."""
     match = HOST.fullmatch(text)
-    if not match or int(match[2] or 0) > 65535:
-        raise HTTPError(400, "the host is not host[:port]")
-    if match[1]:
-        try:
-            socket.inet_pton(socket.AF_INET6, match[1])
-        except OSError:
-            raise HTTPError(400, "the host is no IPv6 address") from None
-    return text.lower() if match[2] is None else text[:match.start(2) - 1].lower()
+    require(match and int(match[2] or 0) <= 65535, 400, "the host is not host[:port]")
+    try:
+        socket.inet_pton(socket.AF_INET6, match[1] or "::")
+    except OSError:
+        raise HTTPError(400, "the host is no IPv6 address") from None
+    return (text if match[2] is None else text[:match.start(2) - 1]).lower()
 
 
 def parse_fields(block: bytes, old: bool) -> Fields:
@@ -646,46 +647,46 @@ def parse_fields(block: bytes, old: bool) -> Fields:
     options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
     kept = "close" not in options and ("keep-alive" in options or not old)
     expect = headers.get("expect") if not old else None
-    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect and expect.lower(),
-                  media_type(headers.get("content-type", "")) in FORM_TYPES)
+    connection = CLOSED if not kept else KEPT_1_0 if old else KEPT
+    form = media_type(headers.get("content-type", "")) in FORM_TYPES
+    return Fields(MappingProxyType(headers), length, connection, expect and expect.lower(), form)
 
 
-def content_length(headers: Mapping[str, str], twice, old: bool) -> int:
+def content_length(headers: Mapping[str, str], twice: set, old: bool) -> int:
     """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through doubts."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    if length is not None and ("content-length" in twice or not re.fullmatch("[0-9]{1,18}", length)):
-        raise HTTPError(400, "Content-Length is not 1 to 18 digits, once")
+    if length is not None:
+        digits = "content-length" not in twice and re.fullmatch("[0-9]{1,18}", length)
+        require(digits, 400, "Content-Length is not 1 to 18 digits, once")
     if coding is None:
         return int(length or 0)
+    require(length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
     codings = [coding.strip(" \t") for coding in coding.lower().split(",")]
-    if length is not None or old:
-        raise HTTPError(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
-    if codings == ["chunked"]:
-        return CHUNKED
-    if "transfer-encoding" in twice or "chunked" in codings[:-1] or not all(map(CODING.fullmatch, codings)):
-        raise HTTPError(400, "Transfer-Encoding is not chunked, once")
-    raise HTTPError(501, "no transfer coding but chunked is understood")
+    if codings != ["chunked"]:
+        once = "transfer-encoding" not in twice and "chunked" not in codings[:-1]
+        require(once and all(map(CODING.fullmatch, codings)), 400, "Transfer-Encoding is not chunked, once")
+        raise HTTPError(501, "no transfer coding but chunked is understood")
+    return CHUNKED
 
 
 def check_begin(data: bytes, start: int, limit: int) -> int:
     """Refuse the beginning of a head if no further byte can mend it, or if it is over the limit: 414, 431.
 
-    Lines before `start` have been found good; returns the next `start`. The limit counts from the first byte of the request line.
+    Lines before `start` have been found good; returns the next `start`. The limit counts from the request line.
     """
     empty = EMPTY_LINES.match(data).end()
     begin = data[:empty + limit]
-    if not start:
-        match = REQUEST_LINE.match(begin, empty) if begin.find(b"\r\n", empty) > 0 else None
-        if not match and not REQUEST_LINE_BEGIN.fullmatch(begin, empty):
-            raise HTTPError(400, "malformed request line")
-        start = match.end() if match else 0
-    if start and not FIELD_LINES_BEGIN.fullmatch(begin, start):
-        raise HTTPError(400, "malformed header field")
+    if not start and b"\r\n" in begin[empty:]:
+        match = REQUEST_LINE.match(begin, empty)
+        require(match, 400, "malformed request line")
+        start = match.end()
+    if start:
+        require(FIELD_LINES_BEGIN.fullmatch(begin, start), 400, "malformed header field")
+    else:
+        require(REQUEST_LINE_BEGIN.fullmatch(begin, empty), 400, "malformed request line")
     if len(data) > len(begin):
-        if not start:
-            raise HTTPError(414, "the request line is longer than max_header_size, %d bytes" % limit)
-        if not REQUEST_LINE.match(begin, empty)[5].startswith(b"1"):
-            raise HTTPError(505, "this server speaks HTTP/1.1")
+        require(start, 414, "the request line is longer than max_header_size, %d bytes" % limit)
+        require(REQUEST_LINE.match(begin, empty)[5].startswith(b"1"), 505, "this server speaks HTTP/1.1")
         raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
     return start and begin.rfind(b"\r\n") + 2
 
@@ -693,35 +694,30 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
 def decode_content(length: int, limit: int, overhead: int) -> Generator[int, bytes, tuple[bytes, bytes]]:
     """Take the framing off the content of one request (RFC 9112, 6 and 7).
 
-    A generator: send() it what is received; it yields how many bytes it holds, and returns the content and what came behind it, which
-    belongs to the next request. More than `limit`: 413 as soon as that is known. `overhead`: bytes of chunk extensions and trailers.
+    A generator: send() it what is received; it yields how many bytes it holds, and returns the content and what came
+    behind it, which belongs to the next request. 413 as soon as it is over `limit`. `overhead`: bytes that chunk
+    extensions and trailers may have.
     """
-    too_large = HTTPError(413, "the content is larger than %d bytes, see post_buf_size and receive_buf_size" % limit)
-    if length > limit:
-        raise too_large
-    content, data = bytearray(), bytearray()
-    while length != CHUNKED and len(data) < length:
-        data += yield len(data)
+    too_large = "the content is larger than %d bytes, see post_buf_size and receive_buf_size" % limit
+    require(length <= limit, 413, too_large)
+    content, data, size = bytearray(), bytearray(), -1
     if length != CHUNKED:
+        while len(data) < length:
+            data += yield len(data)
         return bytes(data[:length]), bytes(data[length:])
-    size = -1
     while size:
         while b"\r\n" not in data:
-            if not CHUNK_LINE_BEGIN.fullmatch(data) or len(data) > overhead + 17:
-                raise HTTPError(400, "malformed chunk size or extension")
+            require(CHUNK_LINE_BEGIN.fullmatch(data), 400, "malformed chunk size or extension")
+            require(len(data) <= overhead + 17, 400, "the chunk extensions are too long")
             data += yield len(content) + len(data)
         match = CHUNK_LINE.match(data)
-        if not match:
-            raise HTTPError(400, "malformed chunk size or extension")
+        require(match, 400, "malformed chunk size or extension")
         size, overhead = int(match[1], 16), overhead - len(match[2])
-        if overhead < 0:
-            raise HTTPError(400, "the chunk extensions are too long")
-        if len(content) + size > limit:
-            raise too_large
+        require(overhead >= 0, 400, "the chunk extensions are too long")
+        require(len(content) + size <= limit, 413, too_large)
         del data[:match.end()]
         while size and not data.startswith(b"\r\n", size):
-            if not b"\r\n".startswith(data[size:size + 2]):
-                raise HTTPError(400, "a chunk is not as long as it says")
+            require(b"\r\n".startswith(data[size:size + 2]), 400, "a chunk is not as long as it says")
             data += yield len(content) + len(data)
         content += data[:size]
         del data[:size + 2 if size else 0]
@@ -730,17 +726,15 @@ def decode_content(length: int, limit: int, overhead: int) -> Generator[int, byt
         data += yield len(content) + len(data)
     end = 0 if data.startswith(b"\r\n") else data.index(b"\r\n\r\n") + 2
     check_trailers(data[:end], overhead)
-    if not NO_TRAILERS.isdisjoint(line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")):
-        raise HTTPError(400, "a field that may not stand in a trailer section")
+    names = {line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")}
+    require(NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section")
     return bytes(content), bytes(data[end + 2:])
 
 
 def check_trailers(data: bytes, limit: int) -> None:
-    """Trailers keep to the rules of fields, finished or not; they are dropped, never merged into those (RFC 9112, 7.1.2)."""
-    if not FIELD_LINES_BEGIN.fullmatch(data[:limit]):
-        raise HTTPError(400, "malformed trailer field")
-    if len(data) > limit or data.count(b"\n") > MAX_FIELDS:
-        raise HTTPError(431, "the trailer section is too long")
+    """Trailers keep to the rules of fields, finished or not; they are dropped, never merged (RFC 9112, 7.1.2)."""
+    require(FIELD_LINES_BEGIN.fullmatch(data[:limit]), 400, "malformed trailer field")
+    require(len(data) <= limit and data.count(b"\n") <= MAX_FIELDS, 431, "the trailer section is too long")
 
 
 def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
@@ -760,16 +754,16 @@ def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
     from email.parser import HeaderParser
     boundary = HeaderParser().parsestr("Content-Type: " + content_type).get_boundary("").encode("latin-1", "replace")
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
-    if not 0 < len(boundary) <= 70 or not parts or not re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop()):
-        raise HTTPError(400, "the form does not end with its boundary")
+    ended = parts and re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop())
+    require(0 < len(boundary) <= 70 and ended, 400, "the form does not end with its boundary")
     pairs: list[tuple[str, Any]] = []
     for part in parts:
         head, found, content = part.partition(b"\r\n\r\n")
         fields = HeaderParser().parsestr(head.lstrip(b" \t\r\n").decode("utf-8", "replace"))
         name, filename = fields.get_param("name", header="content-disposition"), fields.get_filename()
-        if not found or not isinstance(name, str):
-            raise HTTPError(400, "a part of the form has no name")
-        pairs.append((name, content.decode("utf-8", "replace") if filename is None else FormFile(filename, fields.get_content_type(), content)))
+        require(found and isinstance(name, str), 400, "a part of the form has no name")
+        file = None if filename is None else FormFile(filename, fields.get_content_type(), content)
+        pairs.append((name, file or content.decode("utf-8", "replace")))
     return pairs
 
 
@@ -780,8 +774,8 @@ def media_type(content_type: str) -> str:
 class Memo(dict):
     """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
 
-    A full young one becomes the old one, and what is asked for again comes back from there. So heads that never come again cannot push out
-    those that do, and however many there are, it costs the same.
+    A full young one becomes the old one, and what is asked for again comes back from there. So heads that never come
+    again cannot push out those that do, and however many there are, it costs the same.
     """
 
     def __init__(self, size: int):
@@ -812,18 +806,18 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Connection:
-    """One socket and what is under way on it. `state` is the function that runs next; it returns True to go on at once, False to wait.
+    """One socket and what is under way on it. `state` is the function that runs next: True to go on, False to wait.
 
         idle ──> receive_head ──> next_request ──> (answer) ──> flush ──> idle
-                                     │    ^ pipelined             ├─────> next_request      more has been received
-                                     v                            ├─────> shut > linger     what came was refused
+                                     │    ^ pipelined             ├─────> next_request     more has been received
+                                     v                            ├─────> shut > linger    what came was refused
                               receive_content ──> (answer)        └─────> close
 
     A state may be run again from its start: nothing is changed before the recv() or send() that may block.
     """
 
-    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked", "head", "content", "out", "held",
-                 "discarded")
+    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked", "head",
+                 "content", "out", "held", "discarded")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
         self.server = server
@@ -903,7 +897,7 @@ class Connection:
         return self.answer(head, b"")
 
     def begin_content(self, head: Head) -> bool:
-        """Refuse the content before it is read, or have it read: also a short one that nobody wants, to keep the connection."""
+        """Refuse the content before it is read, or have it read; a short one always, to keep the connection."""
         self.head, server, expect = head, self.server, head.fields.expect
         limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
         try:
@@ -1014,7 +1008,7 @@ class Connection:
         return error.status
 
     def refuse(self, refusal: HTTPError) -> None:
-        """Answer what is no request, or one whose content is not read, and close; what was answered before it leaves first."""
+        """Answer what is no request, or one whose content is not read, and close; answers before it leave first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
         to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n)*HEAD ", self.received)
         self.received, self.head, self.content = b"", None, None
@@ -1055,7 +1049,7 @@ class Connection:
         """Count what this connection keeps between its turns; 503 if memory_budget has no room for it."""
         server, more = self.server, size - self.held
         if more > 0 and server.held + more > server.params.held_size:
-            raise HTTPError(503, "the server has no memory left for this request, see memory_budget", {"Retry-After": "1"})
+            raise HTTPError(503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
         server.held += more
         self.held = size
 
@@ -1076,11 +1070,11 @@ class Connection:
     def close(self) -> bool:
         """Give everything back at once."""
         if self.state is not Connection.closed:
+            self.hold(0)
+            self.received, self.out, self.content = b"", b"", None
             self.server.forget(self)
             self.sock.close()
             self.state = Connection.closed
-            self.received, self.out, self.content = b"", b"", None
-            self.hold(0)
         return False
 
     def closed(self) -> bool:
@@ -1088,7 +1082,7 @@ class Connection:
         return False
 
     def expire(self) -> None:
-        """The deadline has passed. An idle connection is closed silently, a request that is not complete is answered."""
+        """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
         if self.content or self.state is Connection.receive_head and self.received.strip(b"\r\n"):
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
             self.turn()
@@ -1098,7 +1092,7 @@ class Connection:
 
 
 def checked_status(status: Any, page: Page) -> int:
-    """The status that a handler has returned; where there may be no content, none is sent (RFC 9110, 15.3.5 and 15.4.5)."""
+    """What a handler has returned; where there may be no content, none is sent (RFC 9110, 15.3.5 and 15.4.5)."""
     if not isinstance(status, int) or not 200 <= status <= 599:
         raise TypeError("the handler returned %r, not a status of 200 to 599" % (status,))
     if status in (204, 304):
@@ -1139,16 +1133,17 @@ class Server:
 
         server.run()                     serves in this thread until stop() is called
         with server: ...                 start() and stop(): serves in a thread of its own
-        server.fileno(), run_once(0)     serves in the loop of another program: when readable, and after timeout() seconds at the latest
+        server.fileno(), run_once(0)     serves in another program's loop: when readable, and after timeout() seconds
 
-    It listens from the first call of one of these, of port or of url: OSError if it cannot. Only stop() is for any thread.
+    It listens from the first call of one of these, of port or url: OSError if it cannot. Only stop() is for any thread.
     """
 
     def __init__(self, **parameters: Any):
         self.params = values = httpd_in_force(**parameters)
         self.scheme = "http"
         self.conn_timeout = values.conn_timeout or 1e9      # for ever: 30 years
-        self.max_connections = values.max_connections or max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = values.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
         self.page = Page(values.buf_size)
         self.heads = Memo(values.memo_size // 2)            # whole heads; and where only the request line is new,
         self.fields = Memo(values.memo_size // 2)           # the fields below it
@@ -1174,7 +1169,7 @@ class Server:
         self._serve(threading.Event())
 
     def start(self) -> None:
-        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one failed, or after stop()."""
+        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one has failed."""
         if self._ended.is_set():
             raise RuntimeError("a server starts only once: make a new one")
         self._open()
@@ -1186,7 +1181,7 @@ class Server:
             raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), and close everything.
+        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close.
 
         From a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts.
         """
@@ -1298,8 +1293,11 @@ class Server:
     def _set_accepting(self, wanted: bool) -> None:
         """Watch the listener, or leave it alone for a while."""
         if wanted != self._accepting:
-            self._selector.register(self._listener, READ, self._accept) if wanted else self._selector.unregister(self._listener)
             self._accepting = wanted
+            if wanted:
+                self._selector.register(self._listener, READ, self._accept)
+            else:
+                self._selector.unregister(self._listener)
 
     def _accept(self) -> None:
         """Take in those who wait, and answer at once who has sent a request already."""
@@ -1360,7 +1358,7 @@ class Server:
         self._ended.set()
 
     def admit(self, raw: bytes) -> Head:
-        """Parse a head that has not been seen lately, and remember it if it has passed all checks that will not turn out otherwise later."""
+        """Parse a head that has not been seen lately; remember it when it has passed what can be checked for good."""
         head = parse_head(raw, self.fields, known_methods)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
@@ -1404,18 +1402,19 @@ def initialize() -> None:
 
 mi_commands: dict[str, Callable] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-NUMBERS = dict.fromkeys((int, "int"), "-?(0|[1-9][0-9]{0,17})") | dict.fromkeys((float, "float"), "-?(0|[1-9][0-9]{0,17})([.][0-9]{1,17})?")
+_INT = "-?(0|[1-9][0-9]{0,17})"
+NUMBERS = {**dict.fromkeys((int, "int"), _INT), **dict.fromkeys((float, "float"), _INT + "([.][0-9]{1,17})?")}
 STARTED = time.time()
 
 
 def register_mi(name: str, function: Callable) -> None:
-    """Add an MI command: a function that returns what JSON can say. Its signature is the parameter list of the command; text that comes for a
-    parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of the command's own.
+    """Add an MI command: a function that returns what JSON can say. Its signature is the command's parameter list; text
+    for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of its own.
 
-    It runs in the server's thread, and the server answers nobody else meanwhile. ConfigError: the name is taken. Any thread.
+    It runs in the server's thread, and nobody else is served meanwhile. ConfigError: the name is taken. Any thread.
     """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
-        raise ConfigError('MI command "%s": the name is taken, or has other characters than letters, digits and _.:-' % name)
+        raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
     mi_commands[name] = function
 
 
@@ -1435,7 +1434,7 @@ def call_mi(call: Any) -> Optional[str]:
     """Carry out one JSON-RPC request. Returns the response; None for a notification."""
     call = call if isinstance(call, dict) else {"id": None}
     ident, method, given, data = call.get("id"), call.get("method"), call.get("params", {}), None
-    if not isinstance(ident, (str, int, float, type(None))) or isinstance(ident, bool) or ident in (math.inf, -math.inf):
+    if ident in (math.inf, -math.inf) or isinstance(ident, (bool, dict, list)):
         ident = call["jsonrpc"] = None
     try:
         if call.get("jsonrpc") != "2.0" or not isinstance(method, str) or not isinstance(given, (dict, list)):
@@ -1453,18 +1452,20 @@ def call_mi(call: Any) -> Optional[str]:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
             error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
-        answer = '"error":' + encode_json({"code": error.status, "message": error.reason, **({"data": data} if data else {})})
+        answer = {"code": error.status, "message": error.reason}
+        answer = '"error":' + encode_json({**answer, "data": data} if data else answer)
     return '{"jsonrpc":"2.0",%s,"id":%s}' % (answer, encode_json(ident)) if "id" in call else None
 
 
 def answer_mi(request: Request, page: Page) -> int:
-    """JSON-RPC errors travel on 200. Content-Type and Origin keep the pages of other sites from posting commands through a browser."""
+    """JSON-RPC errors travel on 200. Content-Type and Origin keep foreign web pages from posting commands."""
     if not request.headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
         raise HTTPError(415, "the Content-Type must be application/json")
-    if request.headers.get("origin", "").lower() not in ("", "%s://%s" % (request.scheme, request.headers.get("host", "").lower())):
+    own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
+    if request.headers.get("origin", own).lower() != own.lower():
         raise HTTPError(403, "pages of another origin may not send commands")
     try:
-        calls = json.loads(request.body.decode(), parse_constant=int)       # NaN and Infinity are no JSON: int() raises ValueError
+        calls = json.loads(request.body.decode(), parse_constant=int)   # NaN is no JSON: int() raises ValueError
     except (ValueError, RecursionError):
         page.write('{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}')
         return 200
@@ -1473,7 +1474,8 @@ def answer_mi(request: Request, page: Page) -> int:
     try:
         page.write("[%s]" % ",".join(answers) if batch and answers else "".join(answers))
     except BufferError as error:
-        page.write('{"jsonrpc":"2.0","error":{"code":-32000,"message":"Server error","data":%s},"id":null}' % encode_json(str(error)))
+        told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
+        page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
     return 200 if answers else 202
 
 
@@ -1507,29 +1509,34 @@ def mi_ps() -> dict:
 
 def mi_get_statistics(statistics) -> dict:
     """Values by `group:name`; asked for are `all`, `group:` or `name`."""
-    values = {"httpd:requests": sum(server.requests for server in servers), "httpd:connections": sum(len(server.connections) for server in servers),
-              "httpd:accepted": sum(server.accepted for server in servers), "httpd:held_bytes": sum(server.held for server in servers)}
-    wanted = [statistics] if isinstance(statistics, str) else statistics if isinstance(statistics, list) else []
-    found = {name: value for name, value in values.items() if {"all", name, name.partition(":")[0] + ":", name.partition(":")[2]} & {*map(str, wanted)}}
+    values = {"httpd:requests": sum(server.requests for server in servers),
+              "httpd:accepted": sum(server.accepted for server in servers),
+              "httpd:connections": sum(len(server.connections) for server in servers),
+              "httpd:held_bytes": sum(server.held for server in servers)}
+    wanted = {*map(str, statistics if isinstance(statistics, list) else [statistics])}
+    found = {name: value for name, value in values.items() if not wanted.isdisjoint(("all", name, "httpd:", name[6:]))}
     if not found:
         raise HTTPError(404, "Statistics Not Found")
     return found
 
 
 BUILT_IN = {"mi_http": mi_http}
-for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path, "which": mi_which, "uptime": mi_uptime,
-                       "version": lambda: {"Server": "httpd.py " + __version__}, "ps": mi_ps, "get_statistics": mi_get_statistics}.items():
+for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path,
+                       "which": mi_which, "uptime": mi_uptime, "ps": mi_ps, "get_statistics": mi_get_statistics,
+                       "version": lambda: {"Server": "httpd.py " + __version__}}.items():
     register_mi(name, function)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def run(**parameters: Any) -> None:
-    """What the command line does: a server with these parameters, until SIGTERM or SIGINT; the second one ends the grace. Main thread."""
+    """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace. Main thread."""
     server = Server(**parameters)
     url = server.url                                        # OSError comes from here
-    previous = {number: signal.signal(number, lambda *_: server.stop(0 if server.stopping else None)) for number in (signal.SIGTERM, signal.SIGINT)}
-    print("httpd.py %s listens on %s" % (__version__, url if server.params.ip not in ("", "*") else url + " and every other address"))
+    stop = lambda *_: server.stop(0 if server.stopping else None)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    every = " and every other address" if server.params.ip in ("", "*") else ""
+    print("httpd.py %s listens on %s%s" % (__version__, url, every))
     for root in roots.values():
         print("  /%s  %s" % (root.name, root.module), flush=True)
     try:
@@ -1543,15 +1550,19 @@ def describe_parameters() -> str:
     """The table of parameters, for --help."""
     lines = ["parameters, for the file or -o (those of other modules as -o module.name=value):"]
     for module, rows in PARAMETERS.items():
-        lines += ["", "[%s]" % module] + ["  %-17s %s\n%20s(%s)" % (row.name, row.meaning, "", ", ".join(
-            filter(None, ["default %s" % (row.default if row.default != "" else "empty"), row.bounds()]))) for row in rows]
+        lines += ["", "[%s]" % module]
+        for row in rows:
+            notes = ["default %s" % (row.default if row.default != "" else "empty"), row.bounds()]
+            lines.append("  %-17s %s\n%20s(%s)" % (row.name, row.meaning, "", ", ".join(filter(None, notes))))
     return "\n".join(lines)
 
 
 def print_in_force() -> None:
     """What -t shows: the parameters, in the form of a configuration, and what is served."""
     for module in ["httpd", *loaded]:
-        values = in_force(module) if module != "httpd" else {row.name: getattr(httpd_in_force(), row.name) for row in PARAMETERS["httpd"]}
+        values = in_force(module)
+        if module == "httpd":
+            values = {name: getattr(httpd_in_force(), name) for name in values}
         print("[%s]" % module, *("%s = %s" % item for item in values.items()), "", sep="\n")
     print(*("# /%s  %s" % (root.name, root.module) for root in roots.values()), sep="\n")
 
@@ -1559,14 +1570,15 @@ def print_in_force() -> None:
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line: 0, 1 for a bad configuration or a failed start, 2 for bad usage."""
     from argparse import ArgumentParser, RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(), formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(),
+                            formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("file", help="the configuration")
-    parser.add_argument("-t", action="store_true", help="check the configuration, print what would be in force, and exit")
-    parser.add_argument("-o", metavar="NAME=VALUE", action="append", default=[], help="set a parameter after the file has")
+    parser.add_argument("-t", action="store_true", help="check the file, print what would be in force")
+    parser.add_argument("-o", metavar="NAME=VALUE", action="append", default=[], help="set a parameter over the file")
     parser.add_argument("-v", action="store_true", help="log what is refused and why connections end")
     parser.add_argument("--version", action="version", version="httpd.py " + __version__)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if options.v else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=10 if options.v else 20, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         load_config(options.file, options.o)
         if options.t:
@@ -1580,5 +1592,5 @@ def main(arguments: Optional[list[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules["httpd"] = sys.modules["__main__"]          # what `import httpd` gives the modules that the configuration loads
+    sys.modules["httpd"] = sys.modules["__main__"]          # for what the configuration loads
     sys.exit(main())

@@ -527,8 +527,9 @@ CHUNKED = -1
 MAX_FIELDS = 128
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 # RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
-NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range cookie "
-                        "host content-type expect max-forwards origin range te trailer transfer-encoding upgrade".split())
+NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range "
+                        "content-type cookie expect host max-forwards origin range te trailer transfer-encoding "
+                        "upgrade".split())
 # What the answer says about the connection (RFC 9112, 9.3).
 KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
 

@@ -21,11 +21,11 @@ import argparse
 import contextlib
 import gc
 import glob
-import http.client
 import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import select
 import shutil
@@ -53,6 +53,8 @@ IDLE_CONNECTIONS = 2000             # for memory
 BESIDE = 5000                       # idle connections beside the measured latency
 RATE = 5000                         # requests a second for latency, about a twentieth of what is possible
 CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
+GET_REQUEST = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n"
+RPC_REQUEST = ("POST /mi HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(CALL), CALL)).encode()
 
 OURS = "httpd.py"
 PYPI = {"uvicorn": ("uvicorn", "httptools", "uvloop"), "granian-wsgi": ("granian",), "granian-asgi": ("granian", "uvloop"),
@@ -173,7 +175,7 @@ def serve_aiohttp(port: int) -> None:
 
 def serve_waitress(port: int) -> None:
     import waitress
-    waitress.serve(wsgi_application(), host="127.0.0.1", port=port, ident="", connection_limit=20000)
+    waitress.serve(wsgi_application(), host="127.0.0.1", port=port, ident="", connection_limit=20000, asyncore_use_poll=True)
 
 
 def serve_cheroot(port: int) -> None:
@@ -303,6 +305,29 @@ def command(name: str, python: str, port: int, work: Path, body: bytes) -> list:
     return [python, HERE, "serve", name, str(port)]
 
 
+def connect(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def exchange(sock: socket.socket, request: bytes) -> tuple[str, bytes]:
+    """Head and content of the answer."""
+    sock.sendall(request)
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += sock.recv(65536) or fail("it hangs up")
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)[1])
+    while len(body) < length:
+        body += sock.recv(MIB) or fail("it hangs up")
+    return head.decode() + "\r\n\r\n", body
+
+
+def fail(why: str):
+    raise OSError(why)
+
+
 class Server:
     """A running server. All that it starts is in its process group, which is how it is measured and ended."""
 
@@ -319,31 +344,26 @@ class Server:
                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                                             preexec_fn=lambda: os.sched_setaffinity(0, CORES[:1]))
 
-    def wait(self, seconds: float = 30) -> int:
-        """Wait until it answers as it should; returns the size of the response."""
-        end, why = time.monotonic() + seconds, "no answer"
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                with open_connection(self.port) as sock:
-                    return self.check(sock)
+    def wait(self) -> None:
+        """Wait until it answers as it should, and see what that is."""
+        for _ in range(600):
+            with contextlib.suppress(ConnectionRefusedError), connect(self.port) as sock:
+                return self.check(sock)
+            if self.process.poll() is not None:
+                break
             time.sleep(0.05)
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else why)
+        raise OSError((self.log.read_text(errors="replace").strip().splitlines() or ["it does not start"])[-1])
 
-    def check(self, sock: socket.socket) -> int:
-        post = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(CALL), CALL.encode())
-        sock.sendall(b"POST /mi HTTP/1.1\r\nHost: a\r\n" + post if "json" in self.type else b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n")
-        tapped = Tap(sock)
-        response = http.client.HTTPResponse(tapped)
-        response.begin()
-        body = response.read()
-        length = len(body) + tapped.head_size()
-        if response.status != 200 or response.will_close or response.getheader("Content-Type") != self.type or not response.getheader("Date"):
-            raise RuntimeError("answers %d, %s" % (response.status, response.getheaders()))
-        if "json" not in self.type and len(body) != len(self.body) or len(self.body) < MIB and self.name != OURS and body != self.body:
-            raise RuntimeError("answers with other content")
-        self.answer = body
-        return length
+    def check(self, sock: socket.socket) -> None:
+        """One request: the answer must be comparable. Its size and content are kept."""
+        rpc = self.type == "application/json"
+        head, self.answer = exchange(sock, RPC_REQUEST if rpc else GET_REQUEST)
+        fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        self.size = len(head) + len(self.answer)
+        if not head.startswith("HTTP/1.1 200 ") or fields["content-type"] != self.type or "date" not in fields:
+            raise OSError("it answers something else: %r" % head)
+        if not rpc and self.answer != self.body:
+            raise OSError("it answers with other content")
 
     def members(self) -> list[int]:
         """The processes of its group."""
@@ -373,17 +393,240 @@ class Server:
         self.process.wait()
 
 
-class Tap:
-    """Makes HTTPResponse tell how long the head was."""
 
-    def __init__(self, sock: socket.socket):
-        self.file, self.lines = sock.makefile("rb"), []
-        readline = self.file.readline
-        self.file = contextlib.nullcontext(self.file).enter_result
-        self.readline = readline
+@contextlib.contextmanager
+def running(wanted: dict[str, dict], work: Path):
+    """Servers by their labels, started at once; what does not start is left out."""
+    servers = {}
+    try:
+        for label, arguments in wanted.items():
+            servers[label] = Server(work=work, **arguments)
+        for label, server in list(servers.items()):
+            try:
+                server.wait()
+            except OSError as error:
+                left_out[label] = str(error)
+                servers.pop(label).stop()
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
-    def makefile(self, mode: str):
-        return self.file
 
-    def head_size(self) -> int:
-        return 0
+# ------------------------------------------------------------------------------------------------------------- Loads
+# A load returns a sample: {"value": what is measured, "requests": completed, "errors": {kind: number}}.
+
+DONE = r"""
+done = function(summary)
+    local e = summary.errors
+    print(string.format("RESULT %d %d %d %d %d %d %d", summary.requests, summary.duration, e.connect, e.read, e.write, e.status, e.timeout))
+end
+"""
+BROWSER = """
+local run, number, fields = "", 0, {
+    ["User-Agent"] = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+    ["Accept"] = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    ["Accept-Language"] = "en-US,en;q=0.5", ["Accept-Encoding"] = "gzip, deflate, br, zstd", ["DNT"] = "1", ["Priority"] = "u=0, i",
+    ["Sec-Fetch-Dest"] = "document", ["Sec-Fetch-Mode"] = "navigate", ["Sec-Fetch-Site"] = "none"}    -- and Host makes ten
+init = function(arguments) run = arguments[1] end
+request = function()
+    number = number + 1
+    NEVER_SEEN
+    return wrk.format("GET", "/hello?n=" .. run .. number, fields)
+end
+"""
+SCRIPTS = {
+    "get": "",
+    "new-url": BROWSER.replace("NEVER_SEEN", ""),
+    "never-seen": BROWSER.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
+    "pipelined": """
+local sixteen
+init = function() sixteen = string.rep(wrk.format("GET", "/hello"), 16) end
+request = function() return sixteen end
+""",
+    "new-connection": 'wrk.headers["Connection"] = "close"',
+    "mi": 'wrk.method, wrk.path, wrk.body, wrk.headers["Content-Type"] = "POST", "/mi", [[%s]], "application/json"' % CALL,
+}
+
+
+def connections_accepted() -> int:
+    """TCP connections that this machine has taken in so far."""
+    names, values = (line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:"))
+    return int(values[names.index("PassiveOpens")])
+
+
+def wrk(server: Server, work: Path, seconds: int, script: str = "get", connections: int = CONNECTIONS) -> dict:
+    """CPU time per request under as much load as one thread of wrk gives."""
+    (work / "wrk.lua").write_text(SCRIPTS[script] + DONE)
+    accepted, before = connections_accepted(), server.cpu()
+    run = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%ds" % seconds, "-s", work / "wrk.lua",
+                          "http://127.0.0.1:%d/hello" % server.port, "--", "%x-" % time.time_ns()], capture_output=True, text=True)
+    spent, accepted = server.cpu() - before, connections_accepted() - accepted
+    found = re.search("RESULT " + "([0-9]+) ?" * 7, run.stdout)
+    if not found:
+        return {"value": 0.0, "requests": 0, "errors": {"wrk": 1}}
+    requests, duration, *errors = map(int, found.groups())
+    errors = dict(zip(("connect", "read", "write", "status", "timeout"), errors))
+    errors["too few"] = max(0, 100 * seconds - requests)
+    if script == "new-connection":
+        errors["not opened"] = max(0, requests - accepted)
+    return {"value": spent / max(requests, 1), "requests": requests, "per_second": requests * 1e6 / duration,
+            "errors": {kind: number for kind, number in errors.items() if number}}
+
+
+@contextlib.contextmanager
+def opened(server: Server, number: int):
+    """Connections that have been used once."""
+    socks = []
+    try:
+        for _ in range(number):
+            socks.append(connect(server.port))
+            exchange(socks[-1], GET_REQUEST)
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def idle_memory(server: Server) -> dict:
+    """Bytes of a server that has just been started, for each connection that waits for its next request."""
+    with opened(server, 1) as (sock,):
+        for _ in range(100):
+            exchange(sock, GET_REQUEST)
+    time.sleep(0.3)
+    before = server.memory()
+    with opened(server, IDLE_CONNECTIONS):
+        time.sleep(0.3)
+        growth = {kind: (size - before[kind]) / IDLE_CONNECTIONS for kind, size in server.memory().items()}
+    return {"value": growth["Pss"], "resident": growth["Rss"], "requests": IDLE_CONNECTIONS, "errors": {}}
+
+
+def closed_loop(server: Server, seconds: float, connections: int) -> dict:
+    """CPU time per request when each connection sends the next one as soon as it has its answer. Opening them is not counted."""
+    with opened(server, connections) as socks, select.epoll() as poll:
+        by_number = {sock.fileno(): sock for sock in socks}
+        for sock in socks:
+            poll.register(sock, select.EPOLLIN)
+        before, end, requests, wrong = server.cpu(), time.monotonic() + seconds, 0, 0
+        for sock in socks:
+            sock.send(GET_REQUEST)
+        waiting = connections
+        while waiting and (ready := poll.poll(5)):
+            late = time.monotonic() > end
+            for number, _ in ready:
+                sock = by_number[number]
+                wrong += len(sock.recv(4096)) != server.size
+                requests += 1
+                waiting -= late
+                late or sock.send(GET_REQUEST)
+        return {"value": (server.cpu() - before) / requests, "requests": requests, "errors": {"answer": wrong + waiting} if wrong + waiting else {}}
+
+
+def open_loop(server: Server, seconds: float) -> dict:
+    """Microseconds until the answer, at a fixed rate, with idle connections beside. The time counts from when a request was meant to be sent,
+    whether or not a connection was free by then: a server that stalls is charged for all who would have come meanwhile."""
+    with opened(server, BESIDE), opened(server, CONNECTIONS) as socks, select.epoll() as poll:
+        by_number = {sock.fileno(): sock for sock in socks}
+        for sock in socks:
+            poll.register(sock, select.EPOLLIN)
+        free, meant, latencies, wrong = deque(socks), {}, [], 0
+        total, sent, before, start = int(RATE * seconds), 0, server.cpu(), time.perf_counter()
+        while len(latencies) < total and time.perf_counter() < start + seconds + 10:
+            while free and sent < total and (due := start + sent / RATE) <= time.perf_counter():
+                sock = free.popleft()
+                meant[sock.fileno()] = due
+                sock.send(GET_REQUEST)
+                sent += 1
+            for number, _ in poll.poll(0):                      # never asleep: this core is ours, and waking up takes its time
+                wrong += len(by_number[number].recv(4096)) != server.size
+                latencies.append((time.perf_counter() - meant[number]) * 1e6)
+                free.append(by_number[number])
+        latencies += [1e7] * (total - len(latencies))
+        wrong += latencies.count(1e7)
+        latencies.sort()
+        return {"latencies": {name: latencies[int(total * part)] for name, part in (("p50", .5), ("p99", .99), ("p99.9", .999))},
+                "cpu": (server.cpu() - before) / total, "requests": total, "errors": {"answer": wrong} if wrong else {}}
+
+
+# --------------------------------------------------------------------------------------------------------- Scenarios
+
+class Bench(NamedTuple):
+    """What was asked for."""
+
+    work: Path
+    rounds: int
+    seconds: int
+    ours: dict[str, dict]           # label -> arguments of Server
+    peers: dict[str, dict]
+
+
+def in_turns(rounds: int, loads: dict) -> dict[str, list]:
+    """Samples by label. The first round warms up."""
+    samples = {label: [] for label in loads}
+    for turn in range(rounds + 1):
+        for label, load in loads.items():
+            try:
+                sample = load()
+            except OSError as error:
+                sample = {"value": 0.0, "requests": 0, "errors": {str(error): 1}}
+            if turn:
+                samples[label].append(sample)
+    return samples
+
+
+def with_wrk(bench: Bench, script: str, body: bytes = HELLO, connections: int = CONNECTIONS) -> list[dict]:
+    """All servers, under wrk."""
+    wanted = {label: dict(arguments, body=body) for label, arguments in {**bench.ours, **bench.peers}.items()}
+    with running(wanted, bench.work) as servers:
+        loads = {label: lambda server=server: wrk(server, bench.work, bench.seconds, script, connections) for label, server in servers.items()}
+        return rows_of(in_turns(bench.rounds, loads), servers)
+
+
+def with_large(bench: Bench) -> list[dict]:
+    return with_wrk(bench, "get", b"x" * MIB, LARGE_CONNECTIONS)
+
+
+def with_idle(bench: Bench) -> list[dict]:
+    """A new server each time: what one has freed it would use again."""
+    samples = {}
+    for _ in range(min(bench.rounds, 3)):
+        for label, arguments in {**bench.ours, **bench.peers}.items():
+            with running({label: arguments}, bench.work) as servers:
+                for server in servers.values():
+                    samples.setdefault(label, []).extend(in_turns(1, {"": lambda: idle_memory(server)})[""])
+    return rows_of(samples)
+
+
+def with_mi(bench: Bench) -> list[dict]:
+    """A JSON-RPC call; beside it libmicrohttpd, which reads the same and sends the same, but understands nothing of it."""
+    json_type = {"type": "application/json"}
+    with running({label: dict(arguments, **json_type) for label, arguments in bench.ours.items()}, bench.work) as servers:
+        echo = {label: dict(arguments, body=next(iter(servers.values())).answer, **json_type)
+                for label, arguments in bench.peers.items() if label == "libmicrohttpd" and servers}
+        with running(echo, bench.work) as more:
+            loads = {label: lambda server=server: wrk(server, bench.work, bench.seconds, "mi") for label, server in {**servers, **more}.items()}
+            return rows_of(in_turns(bench.rounds, loads), {**servers, **more})
+
+
+def with_connections(bench: Bench) -> list[dict]:
+    """Of this server alone: whether many connections make a request dearer."""
+    with running(bench.ours, bench.work) as servers:
+        loads = {"%s, %d" % (label, number): lambda server=server, number=number: closed_loop(server, bench.seconds, number)
+                 for label, server in servers.items() for number in (10, 100, 1000, 10000)
+                 if number + 100 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] or left_out.update({"%d connections" % number: "RLIMIT_NOFILE"})}
+        return rows_of(in_turns(bench.rounds, loads))
+
+
+def with_roots(bench: Bench) -> list[dict]:
+    """Of this server alone: whether many roots make a request dearer."""
+    wanted = {"%s, %d" % (label, roots): dict(arguments, roots=roots) for label, arguments in bench.ours.items() for roots in (1, 100, 10000)}
+    with running(wanted, bench.work) as servers:
+        return rows_of(in_turns(bench.rounds, {label: lambda server=server: wrk(server, bench.work, bench.seconds) for label, server in servers.items()}))
+
+
+def with_latency(bench: Bench) -> list[dict]:
+    """Of this server alone: its percentiles."""
+    with running(bench.ours, bench.work) as servers:
+        samples = in_turns(bench.rounds, {label: lambda server=server: open_loop(server, bench.seconds) for label, server in servers.items()})
+    return rows_of({"%s, %s" % (label, name): [dict(sample, value=sample.get("latencies", {}).get(name, 0.0)) for sample in taken]
+                    for label, taken in samples.items() for name in ("p50", "p99", "p99.9")})

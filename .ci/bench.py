@@ -36,10 +36,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from email.utils import formatdate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 HERE = Path(__file__).resolve()
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "httpd-bench"
@@ -565,13 +565,17 @@ def in_turns(rounds: int, loads: dict) -> dict[str, list]:
     samples = {label: [] for label in loads}
     for turn in range(rounds + 1):
         for label, load in loads.items():
-            try:
-                sample = load()
-            except OSError as error:
-                sample = {"value": 0.0, "requests": 0, "errors": {str(error): 1}}
+            sample = attempt(load)
             if turn:
                 samples[label].append(sample)
     return samples
+
+
+def attempt(load) -> dict:
+    try:
+        return load()
+    except OSError as error:
+        return {"value": 0.0, "requests": 0, "errors": {str(error): 1}}
 
 
 def with_wrk(bench: Bench, script: str, body: bytes = HELLO, connections: int = CONNECTIONS) -> list[dict]:
@@ -593,7 +597,7 @@ def with_idle(bench: Bench) -> list[dict]:
         for label, arguments in {**bench.ours, **bench.peers}.items():
             with running({label: arguments}, bench.work) as servers:
                 for server in servers.values():
-                    samples.setdefault(label, []).extend(in_turns(1, {"": lambda: idle_memory(server)})[""])
+                    samples.setdefault(label, []).append(attempt(lambda: idle_memory(server)))
     return rows_of(samples)
 
 
@@ -630,3 +634,232 @@ def with_latency(bench: Bench) -> list[dict]:
         samples = in_turns(bench.rounds, {label: lambda server=server: open_loop(server, bench.seconds) for label, server in servers.items()})
     return rows_of({"%s, %s" % (label, name): [dict(sample, value=sample.get("latencies", {}).get(name, 0.0)) for sample in taken]
                     for label, taken in samples.items() for name in ("p50", "p99", "p99.9")})
+
+
+class Scenario(NamedTuple):
+    title: str
+    unit: str
+    take: Callable[[Bench], list]
+    tools: tuple = ("wrk",)
+
+
+SCENARIOS = {
+    "get": Scenario("the same GET again and again, 14 bytes of content", "us", lambda bench: with_wrk(bench, "get")),
+    "new-url": Scenario("GET with the 10 fields of a browser, a new URL each", "us", lambda bench: with_wrk(bench, "new-url")),
+    "never-seen": Scenario("the same and a field never seen before each", "us", lambda bench: with_wrk(bench, "never-seen")),
+    "pipelined": Scenario("GET, pipelined by 16", "us", lambda bench: with_wrk(bench, "pipelined")),
+    "new-connection": Scenario("GET, a new connection each", "us", lambda bench: with_wrk(bench, "new-connection")),
+    "memory": Scenario("memory of an idle connection (PSS)", "bytes", with_idle, ()),
+    "mi": Scenario("POST of httpd_list_root_path to /mi", "us", with_mi),
+    "large": Scenario("GET of 1 MiB", "us/MiB", with_large),
+    "connections": Scenario("GET on many connections at a time", "us", with_connections, ()),
+    "roots": Scenario("GET with many roots", "us", with_roots),
+    "latency": Scenario("latency at %d requests/s beside %d idle connections" % (RATE, BESIDE), "us", with_latency, ()),
+}
+QUICK_SCENARIOS = ["get", "new-url", "never-seen", "pipelined", "new-connection"]
+
+
+# ------------------------------------------------------------------------------------------------------------ Results
+
+def rows_of(samples: dict[str, list], servers: Optional[dict] = None) -> list[dict]:
+    """What a table shows. The ratios are to the first row, httpd.py on the first Python."""
+    rows = []
+    for label, taken in samples.items():
+        values = [sample["value"] for sample in taken]
+        errors = Counter()
+        for sample in taken:
+            errors.update(sample["errors"])
+        rows.append({"server": label, "median": statistics.median(values), "min": min(values), "max": max(values), "errors": errors,
+                     "failed": bool(errors), "bytes": servers[label].size if servers else None, "samples": taken})
+    for row in rows:
+        sound = not (row["failed"] or rows[0]["failed"]) and row["median"] > 0 and rows[0]["median"] > 0
+        row["it_to_ours"] = row["median"] / rows[0]["median"] if sound else None
+        row["ours_to_it"] = rows[0]["median"] / row["median"] if sound else None
+    return rows
+
+
+def show(name: str, scenario: Scenario, rows: list[dict]) -> None:
+    print("\n%s: %s\n  %-24s%10s%20s%9s%9s%9s%10s" % (name, scenario.title, "", scenario.unit, "min - max", "it/ours", "ours/it", "bytes", "per s"))
+    for row in rows:
+        spread = "%.2f - %.2f" % (row["min"], row["max"])
+        rates = [sample["per_second"] for sample in row["samples"] if "per_second" in sample]
+        ratios = "%9s%9s" % ("failed", "") if row["failed"] else "%9.2f%9.2f" % (row["it_to_ours"], row["ours_to_it"]) if row["it_to_ours"] else 18 * " "
+        errors = "  errors: " + ", ".join("%s %d" % pair for pair in row["errors"].items()) if row["errors"] else ""
+        print("  %-24s%10.2f%20s%s%9s%10s%s" % (row["server"], row["median"], spread, ratios, row["bytes"] or "",
+                                                "%.0f" % statistics.median(rates) if rates else "", errors), flush=True)
+
+
+def machine() -> dict:
+    model = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {"cpu": model[1] if model else platform.machine(), "cores": len(CORES), "kernel": platform.release()}
+
+
+def output(*arguments) -> str:
+    """The last word that a program says, mostly its version; empty if there is no such program."""
+    try:
+        run = subprocess.run(arguments, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return (run.stdout + run.stderr).strip()
+
+
+def versions(pythons: list[str], python: str, peers: list[str]) -> dict[str, str]:
+    """Of all that takes part."""
+    found = {OURS + " on Python": ", ".join(map(python_version, pythons)), "Python of the others": python_version(python)}
+    packages = installed(python, sorted({package for name in peers for package in PYPI.get(name, ())}))
+    found.update({package: version for package, version in packages.items() if version})
+    tools = {"nginx": ("nginx", "-v"), "node": ("node", "-v"), "libmicrohttpd": (CACHE / "microhttpd",), "wrk": ("wrk", "-v")}
+    for name, arguments in tools.items():
+        number = re.search("[0-9]+[.][0-9.]*[0-9]", output(*arguments))
+        if number and name in peers + ["wrk"]:
+            found[name] = number[0]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- Installation
+
+def present(tool: str) -> bool:
+    """A program, or a header file of C."""
+    return Path("/usr/include", tool).exists() if tool.endswith(".h") else bool(shutil.which(tool))
+
+
+def install_from_debian(names: list[str]) -> None:
+    """Name what is missing afterwards."""
+    def missing(name):
+        return [tool for tool in DEBIAN.get(name, ()) if not present(tool)]
+
+    wanted = sorted({PACKAGES[tool] for name in names for tool in missing(name)})
+    if wanted and os.geteuid() == 0 and shutil.which("apt-get"):
+        print("installing", *wanted, flush=True)
+        quiet = {"env": dict(os.environ, DEBIAN_FRONTEND="noninteractive", RUNLEVEL="1"),       # which starts no service
+                 "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(["apt-get", "update"], **quiet)
+        for package in wanted:
+            subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", package], **quiet)
+    left_out.update({name: "there is no " + " and no ".join(missing(name)) for name in names if missing(name)})
+
+
+def install_from_pypi(base: str, names: list[str]) -> str:
+    """The Python of a virtual environment that has the packages."""
+    packages = sorted({package for name in names for package in PYPI.get(name, ())})
+    folder = CACHE / ("python" + python_version(base))
+    python = str(folder / "bin/python")
+    if packages and not os.path.exists(python):
+        subprocess.run([base, "-m", "venv", folder], stdout=subprocess.DEVNULL)
+    if not os.path.exists(python):
+        left_out.update({name: "no virtual environment" for name in names if name in PYPI})
+        return base
+    for package in [package for package, version in installed(python, packages).items() if not version]:
+        print("installing", package, flush=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package], stderr=subprocess.DEVNULL)
+    have = installed(python, packages)
+    for name in names:
+        if lacking := [package for package in PYPI.get(name, ()) if not have[package]]:
+            left_out.setdefault(name, "%s cannot be installed" % ", ".join(lacking))
+    return python
+
+
+def installed(python: str, packages: list[str]) -> dict[str, str]:
+    """Their versions; empty for what is not there."""
+    program = """import importlib.metadata as m, sys
+for name in sys.argv[1:]:
+    try: print(name, m.version(name))
+    except m.PackageNotFoundError: print(name, "")"""
+    return {line.partition(" ")[0]: line.partition(" ")[2] for line in output(python, "-c", program, *packages).splitlines()}
+
+
+def compile_microhttpd() -> None:
+    (CACHE / "microhttpd.c").write_text(MICROHTTPD)
+    run = subprocess.run(["cc", "-O2", "-o", CACHE / "microhttpd", CACHE / "microhttpd.c", "-lmicrohttpd"], capture_output=True, text=True)
+    if run.returncode:
+        left_out["libmicrohttpd"] = "the compiler fails: " + run.stderr.strip().splitlines()[-1]
+
+
+def install(base: str, names: list[str]) -> tuple[str, list[str]]:
+    """The Python for the other servers, and those of them that can take part."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    install_from_debian(["wrk"] + names)
+    python = install_from_pypi(base, [name for name in names if name not in left_out])
+    if "libmicrohttpd" in names and "libmicrohttpd" not in left_out:
+        compile_microhttpd()
+    return python, [name for name in names if name not in left_out]
+
+
+def python_version(python: str) -> str:
+    return output(python, "-c", "import platform; print(platform.python_version())")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+def arguments() -> argparse.Namespace:
+    def names(known):
+        def convert(text):
+            if unknown := set(text.split(",")) - set(known):
+                raise argparse.ArgumentTypeError("%s: choose from %s" % (", ".join(unknown), ", ".join(known)))
+            return [name for name in known if name in text.split(",")]
+        return convert
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="scenarios: %s; servers: %s" % (", ".join(SCENARIOS), ", ".join(PEERS)))
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 1 s of the main scenarios, with few servers and one Python")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all samples there")
+    parser.add_argument("--rounds", type=int, help="default: 5")
+    parser.add_argument("--seconds", type=int, help="of a load in a round; default: 2")
+    parser.add_argument("--scenarios", metavar="A,B", type=names(SCENARIOS), help="default: all")
+    parser.add_argument("--servers", metavar="A,B", type=names([OURS] + PEERS), help="default: all; httpd.py always takes part")
+    parser.add_argument("--python", action="append", help="for httpd.py, may be repeated; the others run on the first; default: 3.11 and 3.13 of pyenv")
+    parser.add_argument("--httpd", type=Path, default=HERE.parent.parent / "httpd.py", help="the file to measure")
+    chosen = parser.parse_args()
+    if not chosen.python:
+        found = [path for number in ("3.11", "3.13") for path in sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/%s*/bin/python" % number)))]
+        chosen.python = (found or [sys.executable])[:1 if chosen.quick else None]
+    chosen.rounds = chosen.rounds or (3 if chosen.quick else 5)
+    chosen.seconds = chosen.seconds or (1 if chosen.quick else 2)
+    chosen.scenarios = chosen.scenarios or (QUICK_SCENARIOS if chosen.quick else list(SCENARIOS))
+    chosen.servers = [name for name in chosen.servers or (QUICK_PEERS if chosen.quick else PEERS) if name != OURS]
+    return chosen
+
+
+def measure(chosen: argparse.Namespace, work: Path) -> None:
+    """All scenarios, one after the other; the file is written after each."""
+    python, peers = install(chosen.python[0], chosen.servers)
+    shutil.copy(chosen.httpd, work / "httpd.py")                # it may be edited meanwhile
+    result = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine(), "versions": versions(chosen.python, python, peers),
+              "rounds": chosen.rounds, "seconds": chosen.seconds, "left_out": left_out, "scenarios": {}}
+    print("%(date)s, %(machine)s\n%(versions)s\n%(rounds)d rounds of %(seconds)d s" % result)
+    bench = Bench(work, chosen.rounds, chosen.seconds,
+                  {"%s, %s" % (OURS, python_version(path)): {"name": OURS, "python": path} for path in chosen.python},
+                  {name: {"name": name, "python": python} for name in peers})
+    os.sched_setaffinity(0, CORES[-1:])
+    gc.disable()                                                # no pauses in what is timed
+    for name in chosen.scenarios:
+        scenario = SCENARIOS[name]
+        if lacking := [tool for tool in scenario.tools if tool in left_out]:
+            left_out[name] = "needs " + ", ".join(lacking)
+            continue
+        rows = scenario.take(bench)
+        show(name, scenario, rows)
+        result["scenarios"][name] = {"title": scenario.title, "unit": scenario.unit, "rows": rows}
+        if chosen.json:
+            chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+    if left_out:
+        print("\nleft out:", *("\n  %s: %s" % pair for pair in left_out.items()))
+
+
+def main() -> None:
+    chosen = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # through every `finally`
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    work = Path(tempfile.mkdtemp(prefix="httpd-bench-"))
+    try:
+        measure(chosen, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        SERVE[sys.argv[2]](int(sys.argv[3]))
+    else:
+        main()

@@ -283,6 +283,8 @@ class HTTPError(Exception):
     def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
         super().__init__(status, reason)
         self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
+        for name, value in self.headers.items():
+            check_field(name, value)
 
 
 class Root(NamedTuple):
@@ -300,6 +302,7 @@ FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")           # RFC 9110, 5.5: no cont
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 pending_inits: list[Callable[[], None]] = []            # the init_proc_cb's that this process has not run yet
 # RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them. CONNECT is for proxies: 501, as what nobody knows.
+init_lock = threading.RLock()
 known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
 
 
@@ -349,8 +352,23 @@ def unregister_httpdcb(root_path: str) -> None:
         raise ConfigError('root path "%s" is not registered%s' % (root_path, nearest(root_path, roots)))
 
 
+def initialize(late: bool = True) -> None:
+    """Run the init_proc_cb's that have not run in this process. One that fails when the server starts ends the start."""
+    with init_lock:
+        while pending_inits:
+            try:
+                pending_inits[0]()
+            except Exception:
+                if not late:
+                    raise
+                log.exception("an init_proc_cb failed")
+            del pending_inits[0]
+
+
 def find_root(head: Head) -> tuple[Root, Callable]:
     """The root that a request goes to, and the handler of its method there."""
+    if pending_inits:
+        initialize()
     root = roots.get(head.root) or roots.get("")
     if root is None:
         if head.path == "*":                            # OPTIONS, the parser has seen to that: the server as a whole
@@ -358,7 +376,7 @@ def find_root(head: Head) -> tuple[Root, Callable]:
         raise HTTPError(404, "nothing is registered for this path")
     handler = root.handlers.get(head.method)
     if handler is None:
-        raise HTTPError(405, "the method %s is not allowed here" % head.method, {"Allow": ", ".join(root.handlers)})
+        raise HTTPError(405, "this method is not allowed here", {"Allow": ", ".join(root.handlers)})
     return root, handler
 
 
@@ -513,7 +531,8 @@ REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUE
                           + rb") HTTP/([0-9]\.[0-9])\r\n")
 FIELD_LINES = re.compile(_LINES)
 ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
-HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
+_NAME = r"[\w.~!$&'()*+,;=-]*"                                          # RFC 3986, 3.2.2
+HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?", re.A)
 CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|"
                         + _QUOTED + rb"))?)*)\r\n")
@@ -582,7 +601,7 @@ def parse_head(raw: bytes, memo: Memo, methods) -> Head:
     if fields is None and block.count(b"\n") > MAX_FIELDS:
         raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
     if method not in methods:
-        raise HTTPError(501, "the method %s is not known here" % method)
+        raise HTTPError(501, "this method is not known here")
     if fields is None:
         fields = parse_fields(block, old)
         if not old:
@@ -620,10 +639,11 @@ def parse_host(text: str) -> str:
     """The host of `host[:port]` in lower case (RFC 9110, 7.2). It is not empty."""
     match = HOST.fullmatch(text)
     require(match and int(match[2] or 0) <= 65535, 400, "the host is not host[:port]")
-    try:
-        socket.inet_pton(socket.AF_INET6, match[1] or "::")
-    except OSError:
-        raise HTTPError(400, "the host is no IPv6 address") from None
+    if match[1]:
+        try:
+            socket.inet_pton(socket.AF_INET6, match[1])
+        except OSError:
+            raise HTTPError(400, "the host is no IPv6 address") from None
     return (text if match[2] is None else text[:match.start(2) - 1]).lower()
 
 
@@ -775,29 +795,46 @@ def media_type(content_type: str) -> str:
 class Memo(dict):
     """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
 
-    A full young one becomes the old one, and what is asked for again comes back from there. So heads that never come
-    again cannot push out those that do, and however many there are, it costs the same.
+    What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for again
+    comes back from there. So heads that never come again leave no more than a hash, and cannot push out those that do.
     """
 
     def __init__(self, size: int):
         super().__init__()
         self.old: dict[bytes, Any] = {}
         self.size = self.room = size // 2       # bytes of a generation, and those left
+        self.once: set[int] = set()             # hashes of what has come once
 
     def __missing__(self, raw: bytes):
         value = self.old.get(raw)
         if value is not None:
-            self.keep(raw, value)
+            self.remember(raw, value)
         return value
 
     def keep(self, raw: bytes, value: Any) -> None:
-        """Remember what has been found good."""
-        self.room -= 1000 + 5 * len(raw)        # what a head and its fields take, measured
-        if self.room < 0:
+        """Remember what has been found good, if it is not for the first time."""
+        if hash(raw) in self.once:
+            self.remember(raw, value)
+        elif len(self.once) < 1024:
+            self.once.add(hash(raw))
+        else:
+            self.once = {hash(raw)}
+
+    def remember(self, raw: bytes, value: Any) -> None:
+        cost = weight(raw) + weight(value) + 100
+        if cost > self.room:
             self.old = self.copy()
             self.clear()
             self.room = self.size
-        self[raw] = value
+        if cost <= self.room:
+            self.room -= cost
+            self[raw] = value
+
+
+def weight(value: Any) -> int:
+    """The bytes that something parsed takes, about."""
+    parts = value if isinstance(value, tuple) else value.items() if isinstance(value, MappingProxyType) else ()
+    return sys.getsizeof(value) + sum(map(weight, parts))
 
 
 # ---------------------------------------------------------------------------------------------------------- Connection
@@ -818,7 +855,7 @@ class Connection:
     """
 
     __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked", "head",
-                 "content", "out", "held", "discarded")
+                 "content", "kept", "out", "held", "discarded")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
         self.server = server
@@ -831,7 +868,8 @@ class Connection:
         self.received = b""                 # the next requests, or the beginning of one
         self.checked = 0                    # how far check_begin has come in it
         self.head = None                    # of the request whose content is awaited,
-        self.content = None                 # and that content
+        self.content = None                 # that content,
+        self.kept = 0                       # and how many bytes of it are here
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
         self.held = 0                       # bytes counted against memory_budget
         self.discarded = 0
@@ -850,9 +888,11 @@ class Connection:
             except OSError as error:
                 log.debug("%s: the connection is lost: %s", self.peer, error)
                 self.close()
-            except Exception:
-                log.exception("%s: a fault of the server itself", self.peer)
+            except BaseException as fault:
                 self.close()
+                if not isinstance(fault, Exception):        # SystemExit and KeyboardInterrupt, from a handler or a signal
+                    raise
+                log.exception("%s: a fault of the server itself", self.peer)
             break
         if self.interest != (WRITE if self.state is Connection.flush else READ):
             self.server.watch(self)
@@ -916,36 +956,38 @@ class Connection:
         next(content)
         self.content = content
         if wanted and not self.received:                    # RFC 9110, 10.1.1
-            self.out = bytes(self.out) + b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.out = self.out or bytearray()
+            self.out += b"HTTP/1.1 100 Continue\r\n\r\n"
         return self.take_content(self.received)
 
     def receive_content(self) -> bool:
-        """The content is on its way: a second more for every 500 bytes that have come."""
-        data = self.receive()
-        self.deadline = min(self.deadline + len(data) / 500, self.server.now + self.server.conn_timeout)
-        return self.take_content(data)
+        """The content is on its way."""
+        return self.take_content(self.receive())
 
     def take_content(self, data: bytes) -> bool:
-        """Answer the request if its content is whole with this."""
+        """Answer the request if its content is whole with this; a second more for every 500 bytes that have come."""
+        server = self.server
         try:
             self.received = b""
-            self.hold(self.content.send(data))
-            return self.wait_in(Connection.receive_content)
+            self.kept = self.content.send(data)
+            waiting = self.wait_in(Connection.receive_content)
+            longest = max(server.conn_timeout, server.params.request_timeout)
+            self.deadline = min(self.deadline + len(data) / 500, server.now + longest)
+            return waiting
         except StopIteration as end:
             body, self.received = end.value
-        head, self.head, self.content = self.head, None, None
+        head, self.head, self.content, self.kept = self.head, None, None, 0
         return self.answer(head, body)
 
     def wait_in(self, state: Callable[[Connection], bool]) -> bool:
         """Wait for more of a request, but first send the answers to those before it."""
+        self.count()
         if self.out:
             self.state, self.then = Connection.flush, state
             return True
         if self.state is not Connection.receive_head and self.state is not state:
             self.deadline = self.server.now + self.server.params.request_timeout
         self.state = state
-        if self.content is None:
-            self.hold(len(self.received))
         return False
 
     def answer(self, head: Head, body: bytes) -> bool:
@@ -979,7 +1021,9 @@ class Connection:
             end = HEADROOM
         start = HEADROOM - len(head)
         if self.received or self.out or start < 0:
-            self.out = b"".join((self.out, head, page._view[HEADROOM:end]))
+            self.out = self.out or bytearray()
+            self.out += head
+            self.out += page._view[HEADROOM:end]
         else:
             page._view[start:HEADROOM] = head
             self.out = page._view[start:end]
@@ -997,7 +1041,7 @@ class Connection:
 
     def write_error(self, error: Exception, head: Optional[Head]) -> int:
         """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""
-        if not isinstance(error, HTTPError):
+        if not isinstance(error, HTTPError) or not 400 <= error.status <= 599:
             log.error("%s %r: the handler of root path %r failed", head.method, head.target, head.root, exc_info=error)
             error = HTTPError(500, "the handler failed, the log of the server says why")
         page = self.server.page
@@ -1005,14 +1049,15 @@ class Connection:
         page.content_type = "text/plain; charset=utf-8"
         for name, value in error.headers.items():
             page.set_header(name, value)
-        page.write("%d %s\n" % (error.status, error.reason))
+        page.write(("%d %s" % (error.status, error.reason)).encode()[:255])      # what the smallest buf_size holds
+        page.write(b"\n")
         return error.status
 
     def refuse(self, refusal: HTTPError) -> None:
         """Answer what is no request, or one whose content is not read, and close; answers before it leave first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
         to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n)*HEAD ", self.received)
-        self.received, self.head, self.content = b"", None, None
+        self.received, self.head, self.content, self.kept = b"", None, None, 0
         self.respond(self.write_error(refusal, None), CLOSED, not to_head)
         self.then = Connection.shut
 
@@ -1025,13 +1070,13 @@ class Connection:
             return True
         self.out = b""
         if self.held:
-            self.hold(len(self.received))
+            self.count()
         self.state = then = self.then
         if then is Connection.idle:
             self.deadline = server.now + server.conn_timeout
             return False
         self.deadline = server.now + server.params.request_timeout
-        return True
+        return then is not Connection.receive_head and then is not Connection.receive_content   # others have a turn
 
     def keep_output(self) -> None:
         """The socket takes no more: copy what is left out of the page, and count it."""
@@ -1041,14 +1086,15 @@ class Connection:
             self.out = memoryview(bytes(self.out))
         self.deadline = self.server.now + self.server.conn_timeout
         try:
-            self.hold(len(self.out.obj) + len(self.received))
+            self.count()
         except HTTPError:
             log.warning("%s: closed: memory_budget is used up, by responses that clients do not read", self.peer)
             self.close()
 
-    def hold(self, size: int) -> None:
+    def count(self) -> None:
         """Count what this connection keeps between its turns; 503 if memory_budget has no room for it."""
-        server, more = self.server, size - self.held
+        server, size = self.server, len(self.received) + self.kept + len(getattr(self.out, "obj", self.out))
+        more = size - self.held
         if more > 0 and server.held + more > server.params.held_size:
             raise HTTPError(503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
         server.held += more
@@ -1071,8 +1117,8 @@ class Connection:
     def close(self) -> bool:
         """Give everything back at once."""
         if self.state is not Connection.closed:
-            self.hold(0)
-            self.received, self.out, self.content = b"", b"", None
+            self.received, self.out, self.content, self.kept = b"", b"", None, 0
+            self.count()
             self.server.forget(self)
             self.sock.close()
             self.state = Connection.closed
@@ -1084,10 +1130,12 @@ class Connection:
 
     def expire(self) -> None:
         """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
+        unsent = len(self.out)
         if self.content or self.state is Connection.receive_head and self.received.strip(b"\r\n"):
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
+        if self.state is Connection.flush:                  # epoll is silent until a third of the buffer is free: try
             self.turn()
-        else:
+        if self.deadline <= self.server.now or len(self.out) == unsent:
             log.debug("%s: closed after a time-out", self.peer)
             self.close()
 
@@ -1159,19 +1207,22 @@ class Server:
         self._evictable: list[tuple[float, Connection]] = []
         self._selector: Optional[selectors.EpollSelector] = None        # while it listens
         self._accepting = False                             # the selector watches the listener
-        self._serving: Optional[int] = None                 # the thread inside run() or run_once()
+        self._owner: Optional[int] = None                   # the thread that calls run() or run_once(),
+        self._serving: Optional[int] = None                 # and the same while it is in there
         self._thread: Optional[threading.Thread] = None     # that of start()
         self._initialized = False
         self._ended = threading.Event()
 
     def run(self) -> None:
         """Serve in this thread until stop() is called."""
+        if self._serving is not None:
+            raise RuntimeError("the server runs already")
         self._open()
         self._serve(threading.Event())
 
     def start(self) -> None:
         """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one has failed."""
-        if self._ended.is_set():
+        if self._serving is not None or self._thread or self._ended.is_set():
             raise RuntimeError("a server starts only once: make a new one")
         self._open()
         ready = threading.Event()
@@ -1186,19 +1237,23 @@ class Server:
 
         From a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts.
         """
+        grace = self.params.grace_timeout if grace is None else grace
+        self._stop_at = min(self._stop_at, time.monotonic() + grace)
         if self._selector is None:
+            self._ended.set()                               # it has never listened, or it has ended
             return
-        self._stop_at = min(self._stop_at, time.monotonic() + (self.params.grace_timeout if grace is None else grace))
         try:
             self._wake.send(b"!")
         except OSError:                                     # full: it wakes up as it is; closed: it has ended
             pass
-        if self._serving is None:
+        me = threading.get_ident()
+        if self._thread and self._thread.ident != me:
+            self._thread.join()
+        elif self._owner not in (None, me):                 # the loop is another thread's: it has until the grace ends
+            if not self._ended.wait(grace + 1):
+                self._close()
+        elif self._serving is None:
             self._serve(threading.Event())
-        elif self._serving != threading.get_ident():
-            self._ended.wait()
-            if self._thread:
-                self._thread.join()
 
     def __enter__(self) -> Server:
         self.start()
@@ -1212,7 +1267,8 @@ class Server:
         if self._ended.is_set():
             return
         self._open()
-        self._serving, due = threading.get_ident(), self.timeout()
+        self._owner = self._serving = threading.get_ident()
+        due = self.timeout()
         try:
             self._turn(due if timeout is None else timeout if due is None else min(timeout, due))
         finally:
@@ -1221,13 +1277,13 @@ class Server:
             self._close()
 
     def fileno(self) -> int:
-        """The descriptor for another loop to watch for reading."""
+        """The descriptor for another loop to watch for reading; -1 after stop()."""
         self._open()
-        return self._selector.fileno()
+        return self._selector.fileno() if self._selector else -1
 
     def timeout(self) -> Optional[float]:
         """Seconds until run_once() has something to do even if nothing is readable; None: there is no such time."""
-        if not self.connections and self._accepting and not pending_inits:
+        if self._ended.is_set() or self._accepting and not self.connections:
             return None
         return max(0.0, self._next_tick - time.monotonic())
 
@@ -1248,22 +1304,22 @@ class Server:
     def _open(self) -> None:
         """Listen, once in a server's life."""
         if self._selector is None and not self._ended.is_set():
-            self._listener = listen(self.params.ip, self.params.port)
             self._woken, self._wake = socket.socketpair()
             self._wake.setblocking(False)
-            self._selector = selectors.EpollSelector()
-            self._selector.register(self._woken, READ, self._begin_stop)
+            selector = selectors.EpollSelector()
+            selector.register(self._woken, READ, self._begin_stop)
+            self._listener = listen(self.params.ip, self.params.port)
             self._address = self._listener.getsockname()[:2]
-            self._set_accepting(not self.stopping)
+            self._selector = selector
+            self._set_accepting(True)
             servers.add(self)
 
     def _serve(self, ready: threading.Event) -> None:
         """The loop, in whatever thread."""
-        self._serving = threading.get_ident()
-        if self._ended.is_set():
-            return ready.set()
+        self._owner = self._serving = threading.get_ident()
         try:
-            initialize()
+            if self._stop_at == math.inf:
+                initialize(late=False)
             self._initialized = True
             ready.set()
             while not self._drained():
@@ -1277,16 +1333,16 @@ class Server:
         ready = self._selector.select(timeout)
         self.now = time.monotonic()
         if self.now >= self._next_tick:
-            self._tick()
+            self.date = formatdate(usegmt=True)
+            self.response_heads.clear()
         for key, _ in ready:
             key.data()
+        if self.now >= self._next_tick:                     # after them: who has sent something is not late
+            self._tick()
 
     def _tick(self) -> None:
-        """Once a second: a new date, an end to what is over its deadline, and what had to wait."""
+        """Once a second: an end to what is over its deadline."""
         self._next_tick = min(self.now + 1, max(self._stop_at, self.now + 0.01))
-        self.date = formatdate(usegmt=True)
-        self.response_heads.clear()
-        initialize()
         for connection in [connection for connection in self.connections if connection.deadline <= self.now]:
             connection.expire()
         self._set_accepting(not self.stopping)
@@ -1339,17 +1395,23 @@ class Server:
         self.stopping, self._next_tick = True, self.now
         self._set_accepting(False)
         self._listener.close()
-        for connection in [connection for connection in self.connections if connection.state is Connection.idle]:
-            connection.close()
+        for connection in list(self.connections):
+            if connection.state is Connection.idle:
+                connection.close()
+            elif connection.then is Connection.idle:        # the response is on its way
+                connection.then = Connection.close
 
     def _drained(self) -> bool:
         """stop() has been called; nothing is under way any more, or the grace is over."""
-        return self.stopping and (not self.connections or time.monotonic() >= self._stop_at)
+        return self.stopping and (time.monotonic() >= self._stop_at
+                                  or all(connection.state is Connection.linger for connection in self.connections))
 
     def _close(self) -> None:
         """Give every descriptor back."""
         self.stopping = True                                # nobody is taken in for those that go
         self._set_accepting(False)
+        if self._selector is None:
+            return
         for connection in list(self.connections):
             connection.close()
         for closable in (self._listener, self._woken, self._wake, self._selector):
@@ -1381,8 +1443,13 @@ class Server:
         """Have the selector wait for what the connection waits for."""
         if connection.state is not Connection.closed:
             change = self._selector.modify if connection.interest else self._selector.register
-            connection.interest = WRITE if connection.state is Connection.flush else READ
-            change(connection.sock, connection.interest, connection.turn)
+            wanted = WRITE if connection.state is Connection.flush else READ
+            try:
+                change(connection.sock, wanted, connection.turn)
+                connection.interest = wanted
+            except OSError as error:                        # the system's limit of watches
+                log.error("%s: closed: %s", connection.peer, error)
+                connection.close()
 
     def forget(self, connection: Connection) -> None:
         """The connection is about to be closed."""
@@ -1390,12 +1457,6 @@ class Server:
         if connection.interest:
             self._selector.unregister(connection.sock)
         self._set_accepting(not self.stopping)
-
-
-def initialize() -> None:
-    """Run the init_proc_cb's that have not run in this process."""
-    while pending_inits:
-        pending_inits.pop(0)()
 
 
 # ------------------------------------------------------------------------------------------------------------- mi_http
@@ -1534,15 +1595,18 @@ def run(**parameters: Any) -> None:
     """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace. Main thread."""
     server = Server(**parameters)
     url = server.url                                        # OSError comes from here
-    stop = lambda *_: server.stop(0 if server.stopping else None)
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    every = " and every other address" if server.params.ip in ("", "*") else ""
-    print("httpd.py %s listens on %s%s" % (__version__, url, every))
-    for root in roots.values():
-        print("  /%s  %s" % (root.name, root.module), flush=True)
+    previous = {}
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
+            previous[number] = signal.signal(number, stop)
+        every = " and every other address" if server.params.ip in ("", "*") else ""
+        print("httpd.py %s listens on %s%s" % (__version__, url, every), flush=True)
+        for root in roots.values():
+            print("  /%s  %s" % (root.name, root.module), flush=True)
         server.run()
     finally:
+        server.stop(0)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -116,7 +116,7 @@ PARAMETERS = {
         Parameter("conn_timeout", 30.0, "seconds an idle connection, or one that takes no bytes, is kept; 0: for ever"),
         Parameter("request_timeout", 10.0, "seconds for a head from its first byte; content: 1 s more per 500 B", 0.1),
         Parameter("max_connections", 0, "connections at a time; 0: what RLIMIT_NOFILE allows", 1, zero=True),
-        Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**20),
+        Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**16),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
     ),
     "mi_http": (Parameter("root", "mi", "root path of JSON-RPC", check=check_root),),
@@ -353,7 +353,7 @@ def unregister_httpdcb(root_path: str) -> None:
 
 
 def initialize(late: bool = True) -> None:
-    """Run the init_proc_cb's that have not run in this process. One that fails when the server starts ends the start."""
+    """Run the init_proc_cb's that have not run in this process. One that fails ends the start of a server."""
     with init_lock:
         while pending_inits:
             try:
@@ -532,10 +532,12 @@ REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUE
 FIELD_LINES = re.compile(_LINES)
 ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
 _NAME = r"[\w.~!$&'()*+,;=-]*"                                          # RFC 3986, 3.2.2
-HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?", re.A)
+HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?",
+                  re.ASCII)
 CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|"
                         + _QUOTED + rb"))?)*)\r\n")
+PARAMETER = re.compile("[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + _TEXT + ")")
 # What may still become one of these: bytes that cannot are refused at once, not when their line ends.
 REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|'
                                 rb"HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?")
@@ -577,27 +579,25 @@ class Head(NamedTuple):
     fields: Fields
 
 
+def require(condition: Any, status: int, reason: str) -> None:
+    """A rule that the client has to keep."""
+    if not condition:
+        raise HTTPError(status, reason)
+
+
 def parse_head(raw: bytes, memo: Memo, methods) -> Head:
     """A whole head, to its empty line. `memo` remembers header sections; `methods` are those that are known.
 
     The order of checks: grammar, version, sizes, method, Host, framing.
     """
     match = REQUEST_LINE.match(raw)
-    if not match:
-        raise HTTPError(400, "malformed request line")
-    method, target, path, query, version = match.groups()
+    require(match, 400, "malformed request line")
     block = raw[match.end():-2]
-    old = version == b"1.0"
+    old = match[5] == b"1.0"
     fields = memo[block] if not old else None               # remembered as a HTTP/1.1 client's
     if fields is None and not FIELD_LINES.fullmatch(block):
         raise HTTPError(400, "malformed header field")
-    if version[0] != 49:                                    # "1"
-        raise HTTPError(505, "this server speaks HTTP/1.1")
-    method, target = method.decode(), target.decode()
-    if path is None or method == "CONNECT":
-        scheme, host, path, query = parse_target(method, target)
-    else:
-        scheme, host, path, query = "", "", path.decode(), query.decode() if query else ""
+    method, target, scheme, host, path, query = parse_request_line(match)
     if fields is None and block.count(b"\n") > MAX_FIELDS:
         raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
     if method not in methods:
@@ -615,10 +615,15 @@ def parse_head(raw: bytes, memo: Memo, methods) -> Head:
                 fields.length, fields.connection, fields)
 
 
-def require(condition: Any, status: int, reason: str) -> None:
-    """A rule that the client has to keep."""
-    if not condition:
-        raise HTTPError(status, reason)
+def parse_request_line(match: Any) -> tuple[str, str, str, str, str, str]:
+    """Method and target; scheme and host of the target, its path and query."""
+    method, target, path, query, version = match.groups()
+    if version[0] != 49:                                    # "1"
+        raise HTTPError(505, "this server speaks HTTP/1.1")
+    method, target = method.decode(), target.decode()
+    if path is None or method == "CONNECT":
+        return (method, target, *parse_target(method, target))
+    return method, target, "", "", path.decode(), query.decode() if query else ""
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
@@ -707,7 +712,7 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
         require(REQUEST_LINE_BEGIN.fullmatch(begin, empty), 400, "malformed request line")
     if len(data) > len(begin):
         require(start, 414, "the request line is longer than max_header_size, %d bytes" % limit)
-        require(REQUEST_LINE.match(begin, empty)[5].startswith(b"1"), 505, "this server speaks HTTP/1.1")
+        parse_request_line(REQUEST_LINE.match(begin, empty))
         raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
     return start and begin.rfind(b"\r\n") + 2
 
@@ -746,7 +751,8 @@ def decode_content(length: int, limit: int, overhead: int) -> Generator[int, byt
         check_trailers(data, overhead)
         data += yield len(content) + len(data)
     end = 0 if data.startswith(b"\r\n") else data.index(b"\r\n\r\n") + 2
-    check_trailers(data[:end], overhead)
+    check_trailers(data[:end + 2], overhead)
+    require(data.count(b"\n", 0, end) <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS)
     names = {line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")}
     require(NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section")
     return bytes(content), bytes(data[end + 2:])
@@ -755,7 +761,7 @@ def decode_content(length: int, limit: int, overhead: int) -> Generator[int, byt
 def check_trailers(data: bytes, limit: int) -> None:
     """Trailers keep to the rules of fields, finished or not; they are dropped, never merged (RFC 9112, 7.1.2)."""
     require(FIELD_LINES_BEGIN.fullmatch(data[:limit]), 400, "malformed trailer field")
-    require(len(data) <= limit and data.count(b"\n") <= MAX_FIELDS, 431, "the trailer section is too long")
+    require(len(data) <= limit, 431, "the trailer section is too long")
 
 
 def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
@@ -772,20 +778,32 @@ def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
 
 def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
     """The parts of a multipart/form-data body (RFC 7578): a str, or a FormFile where there is a filename."""
-    from email.parser import HeaderParser
-    boundary = HeaderParser().parsestr("Content-Type: " + content_type).get_boundary("").encode("latin-1", "replace")
+    boundary = parse_parameters(content_type).get("boundary", "").encode("latin-1")
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
     ended = parts and re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop())
     require(0 < len(boundary) <= 70 and ended, 400, "the form does not end with its boundary")
     pairs: list[tuple[str, Any]] = []
     for part in parts:
-        head, found, content = part.partition(b"\r\n\r\n")
-        fields = HeaderParser().parsestr(head.lstrip(b" \t\r\n").decode("utf-8", "replace"))
-        name, filename = fields.get_param("name", header="content-disposition"), fields.get_filename()
-        require(found and isinstance(name, str), 400, "a part of the form has no name")
-        file = None if filename is None else FormFile(filename, fields.get_content_type(), content)
-        pairs.append((name, file or content.decode("utf-8", "replace")))
+        head, _, content = part.partition(b"\r\n\r\n")
+        lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
+        fields = {name.lower(): value for name, _, value in lines}
+        about = parse_parameters(fields.get("content-disposition", ""))
+        require("name" in about, 400, "a part of the form has no name")
+        value = content.decode("utf-8", "replace") if "filename" not in about else FormFile(
+            about["filename"], media_type(fields.get("content-type", "text/plain")), content)
+        pairs.append((about["name"], value))
     return pairs
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """The parameters behind a media type or disposition: `; name=value` (RFC 9110, 5.6.6)."""
+    found: dict[str, str] = {}
+    at = text.find(";")
+    while match := PARAMETER.match(text, at) if at >= 0 else None:
+        found.setdefault(match[1].lower(), unquoted(match[2]))
+        at = match.end()
+    require(at < 0 or not text[at:].strip(" \t;"), 400, "malformed parameter of a field")
+    return found
 
 
 def media_type(content_type: str) -> str:
@@ -795,8 +813,8 @@ def media_type(content_type: str) -> str:
 class Memo(dict):
     """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
 
-    What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for again
-    comes back from there. So heads that never come again leave no more than a hash, and cannot push out those that do.
+    What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for
+    again comes back from there. So heads that never come again leave no more than a hash, and cannot push out those that do.
     """
 
     def __init__(self, size: int):
@@ -890,7 +908,7 @@ class Connection:
                 self.close()
             except BaseException as fault:
                 self.close()
-                if not isinstance(fault, Exception):        # SystemExit and KeyboardInterrupt, from a handler or a signal
+                if not isinstance(fault, Exception):        # SystemExit or KeyboardInterrupt, of a handler
                     raise
                 log.exception("%s: a fault of the server itself", self.peer)
             break
@@ -939,13 +957,14 @@ class Connection:
 
     def begin_content(self, head: Head) -> bool:
         """Refuse the content before it is read, or have it read; a short one always, to keep the connection."""
-        self.head, server, expect = head, self.server, head.fields.expect
+        server, expect = self.server, head.fields.expect
+        self.head = head if head.length else None
         limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
         try:
             find_root(head)
             wanted = expect is not None
         except HTTPError:
-            if head.length and (expect is not None or head.length > limit):
+            if head.length and (expect is not None or not 0 < head.length <= limit):
                 raise
             wanted = False
         if wanted and expect != "100-continue":
@@ -1030,7 +1049,7 @@ class Connection:
         server.requests += 1
         self.state = Connection.flush
         if connection is CLOSED:                            # RFC 9112, 9.6: what follows is not processed
-            self.then = Connection.shut if self.received else Connection.close
+            self.then = Connection.shut if self.received or len(self.out) > RECEIVE_SIZE else Connection.close
             self.received = b""
         elif not self.received:
             self.then = Connection.idle
@@ -1056,7 +1075,7 @@ class Connection:
     def refuse(self, refusal: HTTPError) -> None:
         """Answer what is no request, or one whose content is not read, and close; answers before it leave first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
-        to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n)*HEAD ", self.received)
+        to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n){0,4}HEAD ", self.received)
         self.received, self.head, self.content, self.kept = b"", None, None, 0
         self.respond(self.write_error(refusal, None), CLOSED, not to_head)
         self.then = Connection.shut
@@ -1217,8 +1236,9 @@ class Server:
         """Serve in this thread until stop() is called."""
         if self._serving is not None:
             raise RuntimeError("the server runs already")
-        self._open()
-        self._serve(threading.Event())
+        if not self._ended.is_set():
+            self._open()
+            self._serve(threading.Event())
 
     def start(self) -> None:
         """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one has failed."""
@@ -1425,7 +1445,8 @@ class Server:
         head = parse_head(raw, self.fields, known_methods)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
-        self.heads.keep(raw, head)
+        if head.fields.expect is None:
+            self.heads.keep(raw, head)
         return head
 
     def response_head(self, status: int, content_type: str, size: int, connection: str) -> bytes:
@@ -1554,7 +1575,7 @@ def mi_which(command: Optional[str] = None) -> list:
     """All commands; or the parameter lists that one command takes, as opensips-cli wants them for its completion."""
     if command is None:
         return sorted(mi_commands)
-    if command not in mi_commands:
+    if not isinstance(command, str) or command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
     parameters = signature(mi_commands[command]).parameters.values()
     names = [parameter.name for parameter in parameters]

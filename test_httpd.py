@@ -369,15 +369,13 @@ def test_unregister(server):
         httpd.unregister_httpdcb("echo")
 
 
-def test_a_root_registered_while_serving_is_there_at_once(server):
+def test_a_root_registered_while_serving_is_there_at_once(server, caplog):
     assert answers(exchange(server, get(b"/new"))[0])[0].status == 404
     called = []
-    httpd.register_httpdcb("test", "new", lambda request, page: called and 200, lambda: called.append(threading.get_ident()))
-    with server:
-        time_out = time.monotonic() + 10
-        while not called and time.monotonic() < time_out:
-            time.sleep(0.01)
-    assert len(called) == 1 and called[0] != threading.get_ident()
+    httpd.register_httpdcb("test", "new", lambda request, page: called.append("request") or 200, lambda: called.append("init"))
+    httpd.register_httpdcb("test", "bad", echo, lambda: 1 / 0)
+    assert answers(exchange(server, get(b"/new") * 2)[0])[0].status == 200 and called == ["init", "request", "request"]
+    assert answers(exchange(server, get(b"/bad"))[0])[0].status == 200 and "an init_proc_cb failed" in caplog.text
 
 
 def test_init_proc_cb_runs_once_before_the_first_request():
@@ -491,6 +489,10 @@ LOOKUP_ROWS = [
     (post(MULTIPART, b"Content-Type: multipart/form-data", path=b"/h"), "a", 400, "no boundary"),
     (post(MULTIPART.replace(b'name="a"', b"x"), b"Content-Type: multipart/form-data; boundary=XX", path=b"/h"), "a", 400, "a part without a name"),
     (post(b"", b"Content-Type: multipart/form-data; boundary=XX", path=b"/h"), "a", 400, "empty multipart"),
+    *((post(MULTIPART, b"Content-Type: multipart/form-data; " + bad, path=b"/h"), "a", 400, "parameter %r" % bad) for bad in (
+        b"boundary*=undefined''XX", b"boundary*=a%00b''XX", b"boundary*=a; boundary*0=b", b'boundary="XX', b"boundary=XX; x", b'boundary=XX;a="' + b";" * 2000)),
+    (post(MULTIPART.replace(b'filename="a', b'filename*=undefined\'\'x; y="a'), b"Content-Type: multipart/form-data; boundary=XX", path=b"/h"), "f",
+     "\x00\r\n--X\ufffd", "RFC 7578, 4.2: no filename*"),
 ]
 
 
@@ -714,7 +716,8 @@ CHUNK_ROWS = [
     (b"0\r\nX: a\r\nY: b\r\n\r\n", "", "trailers are dropped"), (b"0\r\nX : a\r\n\r\n", 400, "a bad trailer"), (b"0\r\nX: a\r\n b\r\n\r\n", 400, "obs-fold"),
     *((b"0\r\n" + name + b": 3\r\n\r\n", 400, "the trailer %r" % name) for name in
       (b"Content-Length", b"Transfer-Encoding", b"HOST", b"Authorization", b"Trailer", b"Expect", b"Content-Type", b"Connection", b"Cookie")),
-    (b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n", 431, "too many trailers"), (b"0\r\n" + b"X: y\r\n" * 129 + b"\r\n", 431, "129 trailers"),
+    (b"0\r\n" + b"X: y\r\n" * 129 + b"bad line\r\n\r\n", 400, "grammar before sizes"), (b"0\r\nX: " + b"y" * 4089 + b"\r\n\r\n", "", "just short enough"),
+    (b"0\r\nX: " + b"y" * 4090 + b"\r\n\r\n", 431, "a byte too long"), (b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n", 431, "too many trailers"), (b"0\r\n" + b"X: y\r\n" * 129 + b"\r\n", 431, "129 trailers"),
     (b"0\r\nX: " + b"y" * 5000, 431, "a trailer without end"), (b"0\r\n\n", 400, "LF at the end"), (b"0\r\nX: a\n\r\n", 400, "LF in a trailer"),
 ]
 
@@ -766,6 +769,9 @@ ORDER_ROWS = [
     (b"DELETE /x HTTP/1.1\r\nHost: a\r\nExpect: x\r\nContent-Length: 9999\r\n\r\n", 404, "root before method"),
     (b"DELETE /echo HTTP/1.1\r\nHost: a\r\nExpect: x\r\nContent-Length: 9999\r\n\r\n", 405, "method before expectation"),
     (b"POST /echo HTTP/1.1\r\nHost: a\r\nExpect: x\r\nContent-Length: 9999\r\n\r\n", 417, "expectation before size"),
+    (b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n401\r\n", 404, "root before size, chunked"),
+    (b"GET foo HTTP/1.1\r\nX: " + b"y" * 5000, 400, "grammar before sizes, the target"), (b"PRI * HTTP/2.0\r\nX: " + b"y" * 5000, 505, "version before the target"),
+    (b"\r\n" * 5 + b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", 400, "no request yet"),
 ]
 
 
@@ -930,8 +936,34 @@ def test_expect_100_continue(server):
         assert answers(data)[0].status == status and end == "closed"            # the refusal instead, at once
 
 
+def test_an_expectation_is_judged_every_time(server):
+    for _ in range(4):
+        assert answers(exchange(server, P + b"Expect: x\r\n\r\n")[0])[0].status == 417
+
+
+def test_what_follows_a_request_without_content_is_no_part_of_it(server):
+    expecting = B + HOST + b"Expect: 100-continue\r\n\r\n"
+    for first, second, content in ((expecting.replace(b"GET", b"HEAD"), b"GET /x y\r\n", True), (expecting, b"HEAD /x y\r\n", False)):
+        data, end = exchange(server, first + second)
+        assert data.endswith(b"line\n") == content and data.count(b"HTTP/1.1 ") == 2
+
+
+def test_a_last_answer_is_whole_though_the_client_goes_on_sending(server):
+    httpd.register_httpdcb("test", "large", lambda request, page: page.write(b"x" * 1000000) and 200)
+    for raw in (get(b"/large", b"Connection: close"), b"GET /large HTTP/1.0\r\n\r\n"):
+        with connect(server) as client:
+            client.send(raw)
+            server.run_once(0.1)
+            client.send(b"\r\n")
+            data, end = b"", "open"
+            while end == "open":
+                more, end = pump(server, client)
+                data += more
+            assert len(answers(data)[0].body) == 1000000 and end == "closed"
+
+
 def test_a_refused_request_whose_content_is_short_keeps_the_connection(server):
-    for raw in (post(b"x" * 1000, path=b"/nowhere"), chunked(b"3\r\nabc\r\n0\r\n\r\n").replace(b"/echo", b"/no"), post(b"abc").replace(b"POST", b"DELETE")):
+    for raw in (post(b"x" * 1000, path=b"/nowhere"), post(b"abc").replace(b"POST", b"DELETE")):
         for cut in CUTS:
             data, end = exchange(server, *CUTS[cut](raw + get()))
             assert [answer.status for answer in answers(data)] in ([404, 200], [405, 200]) and end == "open"
@@ -1037,6 +1069,65 @@ def test_memory_is_bounded_under_slow_readers_and_slow_senders():
     server.stop(0)
 
 
+def test_partial_requests_behind_answered_ones_are_counted(server):
+    tails = [B + b"X: " + b"a" * 3000, P + b"Content-Length: 1000\r\n\r\n" + b"x" * 999, chunked(b"3e8\r\n" + b"x" * 999)]
+    clients = [connect(server) for _ in tails]
+    for client, tail in zip(clients, tails):
+        client.sendall(get() + tail)
+        assert pump(server, client)[0].startswith(b"HTTP/1.1 200")
+    assert len(tails[0]) + 2 * 999 <= server.held <= sum(map(len, tails))
+    for client in clients:
+        client.close()
+    for _ in range(3):
+        server.run_once(0.01)
+    assert server.held == 0
+
+
+def test_one_who_pipelines_without_end_does_not_keep_the_others_out(server):
+    with connect(server) as greedy, connect(server) as other:
+        greedy.setblocking(False)
+        other.send(get())
+        server.run_once(0)
+        server.run_once(0)
+        greedy.send(get() * 2000)
+        server.run_once(0)
+        assert server.requests <= 16384 // len(get()) + 2
+
+
+@pytest.mark.parametrize("raw, status", [(b"A" * 300 + b" / HTTP/1.1\r\nHost:a\r\n\r\n", 501), (get(b"/h"), 403), (get(b"/h?field"), 500), (get(b"/h?304"), 500)])
+def test_no_error_text_is_too_large_for_the_smallest_page(raw, status):
+    def handler(request, page):
+        if request.query == "304":
+            raise httpd.HTTPError(304)
+        raise httpd.HTTPError(403, "\u20ac" * 300, {"Location": "a\r\nb"} if request.query == "field" else None)
+    httpd.register_httpdcb("test", "h", handler)
+    server = httpd.Server(ip="127.0.0.1", port=0, buf_size=256)
+    data, end = exchange(server, raw)
+    assert answers(data)[0].status == status
+    server.stop(0)
+
+
+def test_content_that_comes_with_the_head_earns_time_too(server):
+    with connect(server) as client:
+        client.send(P + b"Content-Length: 1024\r\n\r\n" + b"x" * 1000)
+        server.run_once(0.1)
+        server.run_once(0.1)
+        connection, = server.connections
+        assert connection.deadline - server.now > server.params.request_timeout + 1000 / 500 - 1
+
+
+def test_what_ends_the_program_ends_the_connection_first(server):
+    def leave(request, page):
+        raise SystemExit(3)
+    httpd.register_httpdcb("test", "leave", leave)
+    with connect(server) as client:
+        client.send(get(b"/leave"))
+        with pytest.raises(SystemExit):
+            for _ in range(3):
+                server.run_once(0.1)
+        assert client.recv(10) == b"" and not server.connections
+
+
 # -------------------------------------------------------------------------------------------------------------- Server
 
 def raw_get(port, host="127.0.0.1", raw=get()):
@@ -1127,6 +1218,68 @@ def test_a_graceful_stop_lets_requests_finish(server):
         assert answer.status == 200 and answer.headers["Connection"] == "close"
         stopper.join(10)
         assert not stopper.is_alive() and stuck.recv(10) == b""
+
+
+def test_stop_does_not_wait_for_who_has_nothing_under_way(server):
+    httpd.register_httpdcb("test", "large", lambda request, page: page.write(b"x" * 1000000) and 200)
+    with connect(server) as reader, connect(server) as refused:
+        refused.send(b"\x00")
+        reader.send(get(b"/large") * 8)
+        for _ in range(5):
+            server.run_once(0.01)
+        assert server.held
+        server.start()
+        start, stopper = time.monotonic(), threading.Thread(target=server.stop, args=(20,))
+        stopper.start()
+        while reader.recv(1 << 20):
+            pass
+        stopper.join(30)
+        assert time.monotonic() - start < 10
+
+
+def test_a_server_starts_once_and_can_be_stopped_before(server):
+    with httpd.Server(ip="127.0.0.1", port=0) as running:
+        for again in (running.start, running.run):
+            with pytest.raises(RuntimeError):
+                again()
+        assert raw_get(running.port) == 200
+    early = httpd.Server(ip="127.0.0.1", port=0)
+    early.stop()
+    early.run()
+    early.run_once()
+    assert early.timeout() is None and early.fileno() == -1 and running.timeout() is None and running.fileno() == -1
+    httpd.register_httpdcb("test", "x", echo, lambda: pytest.fail("a server that does not serve"))
+    idle = httpd.Server(ip="127.0.0.1", port=0)
+    assert idle.port
+    idle.stop()
+
+
+def test_stop_from_another_thread_while_the_loop_is_somebody_elses(server):
+    stopper = threading.Timer(0.1, server.stop, (5,))
+    server.run_once(0)
+    stopper.start()
+    until = time.monotonic() + 10
+    while server.fileno() >= 0 and time.monotonic() < until:
+        server.run_once(0.05)
+    stopper.join(10)
+    assert not stopper.is_alive() and server.fileno() == -1
+
+
+def test_who_has_sent_in_time_is_served_though_a_handler_was_slow():
+    httpd.register_httpdcb("test", "echo", echo)
+    httpd.register_httpdcb("test", "slow", lambda request, page: time.sleep(1.3) or 200)
+    server = httpd.Server(ip="127.0.0.1", port=0, conn_timeout=1, request_timeout=1)
+    with connect(server) as slow, connect(server) as kept, connect(server) as half:
+        kept.send(get())
+        half.send(get()[:20])
+        pump(server, kept)
+        slow.send(get(b"/slow"))
+        server.run_once(0.1)
+        kept.send(get())
+        half.send(get()[20:])
+        for client in (kept, half):
+            assert pump(server, client)[0].startswith(b"HTTP/1.1 200")
+    server.stop(0)
 
 
 def test_bind_errors_raise_in_the_caller(server):

@@ -3,25 +3,21 @@
     python .ci/bench.py --quick                 two minutes: the main scenarios, four other servers
     python .ci/bench.py --json result.json      all of it: half an hour
 
-Measured is the CPU time of a server per request: user and system time of its process and its children, in microseconds,
-from the kernel's accounting. It follows the load of the machine far less than requests per second do. A server runs on
-the first core, its load on the last one. Servers take turns within a round, so what disturbs the machine disturbs all of
-them; the first round warms up and is dropped. A row gives the median of the rounds, the least and the greatest, and the
-ratio to httpd.py on the first Python, both ways around. A row with errors (a status that is not 2xx, a socket error, too
-few requests) is marked as failed and has no ratio.
+Measured is the CPU time of a server per request, user and system, of its process and its children, in microseconds, from the kernel's accounting.
+It follows the load of the machine far less than requests per second do. A server runs on the first core, its load on the last one. Servers take
+turns within a round, so what disturbs the machine disturbs all of them; the first round warms up and is dropped. A row gives the median of the
+rounds, the least and the greatest, and the ratio to httpd.py on the first Python, both ways around. A row with errors (a status that is not 2xx,
+a socket error, too few requests) is marked as failed and has no ratio.
 
-Every server sends the same status, content, Content-Type and Date, keeps connections alive, and logs nothing. The bytes
-of a response are printed. Some have fields that cannot be turned off: nginx Server and Connection, bjoern Connection,
-granian server. "bare" is no HTTP server: epoll, recv, and a constant sent, in Python, the limit of what is possible.
-
-Needed is Linux and Python 3.11. The other servers go into a virtual environment in the user's cache directory, those
-that Debian has come from apt-get if this is root. What cannot be had is named and left out.
+Every server sends the same status, content, Content-Type and Date, keeps connections alive, and logs nothing. The bytes of a response are printed;
+some have fields that cannot be turned off: nginx Server and Connection, bjoern Connection, granian server. "bare" is no HTTP server: epoll, recv,
+and a constant sent, in Python, the limit of what is possible. Needed is Linux and Python 3.11. The other servers go into a virtual environment in
+the user's cache directory, those that Debian has come from apt-get if this is root. What cannot be had is named and left out.
 """
 import argparse
 import contextlib
 import functools
 import gc
-import importlib.util
 import json
 import os
 import platform
@@ -38,7 +34,6 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from email.utils import formatdate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,38 +62,41 @@ left_out: dict[str, str] = {}       # what -> why
 
 
 # ------------------------------------------------------------------------------------------------------- The servers
-# `bench.py serve NAME PORT` runs one in a process of its own. The rest it finds in the environment, as granian's worker does.
+# Programs that are given a name and a port. The rest they find in the environment, as granian's worker does.
 
-def content() -> bytes:
-    return Path(os.environ["BENCH_CONTENT"]).read_bytes()
-
-
-def serve_ours(port: int) -> None:
-    spec = importlib.util.spec_from_file_location("httpd", os.environ["BENCH_HTTPD"])
-    httpd = sys.modules["httpd"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(httpd)
-    body = content()
-
-    def hello(request, page):
-        page.write(body)
-        return 200
-
-    httpd.register_httpdcb("bench", "hello", hello)
-    for number in range(1, int(os.environ["BENCH_ROOTS"])):
-        httpd.register_httpdcb("bench", f"root{number}", hello)
-    httpd.loadmodule("mi_http")
-    large = {"buf_size": 2 * MIB, "memory_budget": 64 * MIB} if len(body) >= MIB else {}
-    httpd.run(ip="127.0.0.1", port=port, **large)
-
-
-def serve_bare(port: int) -> None:
-    body, date = content(), formatdate(usegmt=True)
-    head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Type: {TYPE}\r\nContent-Length: {len(body)}\r\n"
-    response, last = (head + "\r\n").encode() + body, (head + "Connection: close\r\n\r\n").encode() + body
-    listener = socket.create_server(("127.0.0.1", port), backlog=1024)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    poll, connections = select.epoll(), {}
-    poll.register(listener, select.EPOLLIN)
+COMMON = """
+import os, sys, time
+from email.utils import formatdate
+port, TYPE, BODY = int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0, os.environ["BENCH_TYPE"], open(os.environ["BENCH_CONTENT"], "rb").read()
+fields, second = [("Content-Type", TYPE), ("Content-Length", str(len(BODY)))], 0
+binary = [(name.lower().encode(), value.encode()) for name, value in fields]
+def wsgi(environ, start_response):
+    start_response("200 OK", fields)
+    return [BODY]
+async def asgi(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": binary})
+    await send({"type": "http.response.body", "body": BODY})
+"""
+PROGRAMS = {OURS: """
+import httpd
+def hello(request, page):
+    page.write(BODY)
+    return 200
+httpd.register_httpdcb("bench", "hello", hello)
+for number in range(1, int(os.environ["BENCH_ROOTS"])):
+    httpd.register_httpdcb("bench", "root%d" % number, hello)
+httpd.loadmodule("mi_http")
+large = {"buf_size": 2 << 20, "memory_budget": 64 << 20} if len(BODY) >= 1 << 20 else {}
+httpd.run(ip="127.0.0.1", port=port, **large)
+""", "bare": """
+import select, socket
+head = f"HTTP/1.1 200 OK\\r\\nDate: {formatdate(usegmt=True)}\\r\\nContent-Type: {TYPE}\\r\\nContent-Length: {len(BODY)}\\r\\n"
+response, last = (head + "\\r\\n").encode() + BODY, (head + "Connection: close\\r\\n\\r\\n").encode() + BODY
+listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+poll, connections = select.epoll(), {}
+poll.register(listener, select.EPOLLIN)
+def loop():
     while True:
         for number, _ in poll.poll():
             sock = connections.get(number)
@@ -109,112 +107,71 @@ def serve_bare(port: int) -> None:
                 continue
             try:
                 data = sock.recv(16384)
+                closing = not data or b"\\r\\nConnection: close" in data
+                if data:
+                    sock.sendall(last if closing else response)     # one, whatever came: pipelined requests fail
             except OSError:
-                data = b""
-            closing = not data or b"\r\nConnection: close" in data
-            if data:
-                sock.sendall(last if closing else response)     # one, whatever came: pipelined requests fail
+                closing = True
             if closing:
                 poll.unregister(number)
                 connections.pop(number).close()
-
-
-def serve_http_server(port: int) -> None:
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    body = content()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1                                           # as shipped it sends twice, and waits 40 ms in between
-
-        def do_GET(self):
-            self.send_response_only(200)
-            self.send_header("Date", self.date_time_string())
-            self.send_header("Content-Type", TYPE)
-            self.send_header("Content-Length", str(len(body)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(body)
-
-    ThreadingHTTPServer.request_queue_size = 1024
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-
-
-def serve_uvicorn(port: int) -> None:
-    import uvicorn
-    uvicorn.run(asgi(), host="127.0.0.1", port=port, http="httptools", loop="uvloop", lifespan="off", log_level="critical",
-                access_log=False, server_header=False, timeout_keep_alive=60)
-
-
-def serve_granian(port: int, interface: str, loop: str) -> None:
-    from granian import Granian
-    Granian(f"bench:{interface}", factory=True, address="127.0.0.1", port=port, interface=interface, loop=loop, workers=1,
-            log_enabled=False, websockets=False).serve()
-
-
-def serve_aiohttp(port: int) -> None:
-    import uvloop
-    from aiohttp import web, web_response
-    web_response.SERVER_SOFTWARE = ""                           # the field stays, empty
-    body, fields = content(), {"Content-Type": TYPE}
-
-    async def hello(request):
-        return web.Response(body=body, headers=fields)
-
-    uvloop.install()
-    application = web.Application()
-    application.router.add_get("/hello", hello)
-    web.run_app(application, host="127.0.0.1", port=port, access_log=None, print=None)
-
-
-def serve_waitress(port: int) -> None:
-    import waitress
-    waitress.serve(wsgi(), host="127.0.0.1", port=port, ident="", connection_limit=20000, asyncore_use_poll=True)
-
-
-def serve_cheroot(port: int) -> None:
-    from cheroot.wsgi import Server as CherootServer
-    server = CherootServer(("127.0.0.1", port), wsgi(), timeout=60)
-    server.server_name = ""                                     # the field stays, empty
-    server.start()
-
-
-def serve_bjoern(port: int) -> None:
-    import bjoern
-    bjoern.run(wsgi(dated=True), "127.0.0.1", port)             # it has no Date of its own
-
-
-def wsgi(dated: bool = False) -> Callable:
-    body, second = content(), 0
-    constant = fields = [("Content-Type", TYPE), ("Content-Length", str(len(body)))]
-
-    def application(environ, start_response):
-        nonlocal fields, second
-        if dated and int(time.time()) != second:
-            second, fields = int(time.time()), [("Date", formatdate(usegmt=True)), *constant]
-        start_response("200 OK", fields)
-        return [body]
-
-    return application
-
-
-def asgi() -> Callable:
-    body = content()
-    fields = [(b"content-type", TYPE.encode()), (b"content-length", b"%d" % len(body))]
-    start, end = {"type": "http.response.start", "status": 200, "headers": fields}, {"type": "http.response.body", "body": body}
-
-    async def application(scope, receive, send):
-        await send(start)
-        await send(end)
-
-    return application
-
-
-SERVE = {OURS: serve_ours, "bare": serve_bare, "http.server": serve_http_server, "uvicorn": serve_uvicorn, "aiohttp": serve_aiohttp,
-         "granian-wsgi": lambda port: serve_granian(port, "wsgi", "asyncio"), "waitress": serve_waitress,
-         "granian-asgi": lambda port: serve_granian(port, "asgi", "uvloop"), "cheroot": serve_cheroot, "bjoern": serve_bjoern}
-
+loop()
+""", "http.server": """
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1                                               # as shipped it sends twice, and waits 40 ms in between
+    def do_GET(self):
+        self.send_response_only(200)
+        self.send_header("Date", self.date_time_string())
+        for field in fields + [("Connection", "close")] * self.close_connection:
+            self.send_header(*field)
+        self.end_headers()
+        self.wfile.write(BODY)
+ThreadingHTTPServer.request_queue_size = 1024
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+""", "uvicorn": """
+import uvicorn
+uvicorn.run(asgi, host="127.0.0.1", port=port, http="httptools", loop="uvloop", lifespan="off", log_level="critical", access_log=False,
+            server_header=False, timeout_keep_alive=60)
+""", "granian-wsgi": """
+import granian
+if __name__ == "__main__":                                      # its worker imports this, too
+    granian.Granian(__file__ + ":wsgi", address="127.0.0.1", port=port, interface="wsgi", log_enabled=False, websockets=False,
+                    backpressure=20000).serve()
+""", "granian-asgi": """
+import granian
+if __name__ == "__main__":
+    granian.Granian(__file__ + ":asgi", address="127.0.0.1", port=port, interface="asgi", loop="uvloop", log_enabled=False, websockets=False,
+                    backpressure=20000).serve()
+""", "aiohttp": """
+import uvloop
+from aiohttp import web, web_response
+web_response.SERVER_SOFTWARE = ""                               # the field stays, empty
+async def hello(request):
+    return web.Response(body=BODY, headers=dict(fields[:1]))
+uvloop.install()
+application = web.Application()
+application.router.add_get("/hello", hello)
+web.run_app(application, host="127.0.0.1", port=port, access_log=None, print=None)
+""", "waitress": """
+import waitress
+waitress.serve(wsgi, host="127.0.0.1", port=port, ident="", connection_limit=20000, asyncore_use_poll=True)
+""", "cheroot": """
+from cheroot.wsgi import Server
+server = Server(("127.0.0.1", port), wsgi, timeout=60)
+server.server_name = ""                                         # the field stays, empty
+server.start()
+""", "bjoern": """
+import bjoern
+def dated(environ, start_response):                             # it has no Date of its own
+    global second, with_date
+    if int(time.time()) != second:
+        second, with_date = int(time.time()), [("Date", formatdate(usegmt=True)), *fields]
+    start_response("200 OK", with_date)
+    return [BODY]
+bjoern.run(dated, "127.0.0.1", port)
+"""}
 NODE = """
 const content = require("fs").readFileSync(process.env.BENCH_CONTENT);
 const server = require("http").createServer((request, response) => {
@@ -248,7 +205,6 @@ MICROHTTPD = r"""
 #include <unistd.h>
 static char content[1 << 21], *type;
 static size_t size;
-
 static enum MHD_Result answer(void *c, struct MHD_Connection *connection, const char *url, const char *method,
                               const char *version, const char *data, size_t *data_size, void **seen) {
     if (!*seen) { *seen = content; return MHD_YES; }
@@ -259,14 +215,13 @@ static enum MHD_Result answer(void *c, struct MHD_Connection *connection, const 
     MHD_destroy_response(response);
     return result;
 }
-
 int main(int count, char **arguments) {
     if (count < 2) return puts(MHD_get_version()) < 0;
     type = getenv("BENCH_TYPE");
     size = fread(content, 1, sizeof content, fopen(getenv("BENCH_CONTENT"), "rb"));
-    if (!MHD_start_daemon(MHD_USE_EPOLL | MHD_USE_INTERNAL_POLLING_THREAD, atoi(arguments[1]), 0, 0, answer, 0,
-                          MHD_OPTION_CONNECTION_LIMIT, 20000u, MHD_OPTION_END)) return 1;
-    for (;;) pause();
+    struct MHD_Daemon *daemon = MHD_start_daemon(MHD_USE_EPOLL | MHD_USE_INTERNAL_POLLING_THREAD, atoi(arguments[1]), 0, 0, answer, 0,
+                                                 MHD_OPTION_CONNECTION_LIMIT, 20000u, MHD_OPTION_END);
+    while (daemon) pause();
 }
 """
 
@@ -284,7 +239,19 @@ def command(name: str, python: str, port: int, folder: Path, body: bytes) -> lis
         configuration = NGINX.replace("USER", "" if os.geteuid() else "user root;").replace("PORT", str(port))
         (folder / "nginx.conf").write_text(configuration.replace("BLOCK", block).replace("CONTENT", text))
         return ["nginx", "-p", folder, "-c", "nginx.conf", "-e", "/dev/null"]
-    return [python, HERE, "serve", name, str(port)]
+    (folder / "serve.py").write_text(COMMON + PROGRAMS[name])
+    return [python, folder / "serve.py", str(port)]
+
+
+def free_ports():
+    """Each is given once, and below those that the kernel gives to clients."""
+    for port in range(20000 + os.getpid() % 5000, 32000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            yield port
+
+
+ports = free_ports()
 
 
 class Server:
@@ -292,12 +259,10 @@ class Server:
 
     def __init__(self, work: Path, name: str, python: str, body: bytes = HELLO, type: str = TYPE, roots: int = 1):
         self.body, self.type, folder = body, type, Path(tempfile.mkdtemp(dir=work))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = next(ports)
         (folder / "content").write_bytes(body)
-        environment = dict(os.environ, BENCH_CONTENT=str(folder / "content"), BENCH_TYPE=type, BENCH_ROOTS=str(roots),
-                           BENCH_HTTPD=str(work / "httpd.py"), PYTHONPATH=str(HERE.parent), PYTHONDONTWRITEBYTECODE="1")
         self.log = folder / "log"
+        environment = dict(os.environ, BENCH_CONTENT=str(folder / "content"), BENCH_TYPE=type, BENCH_ROOTS=str(roots), PYTHONPATH=str(work))
         os.sched_setaffinity(0, CORES[:1])                      # is inherited
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command(name, python, self.port, folder, body), stdin=subprocess.DEVNULL, cwd=folder,
@@ -316,7 +281,7 @@ class Server:
         else:
             raise OSError("it does not answer")
         self.size = len(head) + len(self.answer)
-        fields = dict(line.lower().split(": ", 1) for line in head.strip().split("\r\n")[1:])
+        fields = dict(re.findall("\r\n([^:]+): *([^\r]*)", head.lower()))
         if not head.startswith("HTTP/1.1 200 ") or fields.get("content-type") != self.type or "date" not in fields:
             raise OSError(f"it answers something else: {head!r}")
         if self.type != JSON and self.answer != self.body:
@@ -332,15 +297,14 @@ class Server:
 
     def cpu(self) -> float:
         """Microseconds so far, also of threads that have ended: from the clock whose number clock_getcpuclockid(3) gives."""
+        if self.process.poll() is not None:
+            raise ChildProcessError("it has died")
         return sum(time.clock_gettime_ns(~pid << 3 | 2) for pid in self.members()) / 1000
 
-    def memory(self) -> Counter:
-        """Resident bytes: Rss, and Pss, in which processes share out what they have in common."""
-        total = Counter()
-        for pid in self.members():
-            for kind, size in re.findall("(Rss|Pss): *([0-9]+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()):
-                total[kind] += int(size) * 1024
-        return total
+    def memory(self, kind: str = "Pss") -> int:
+        """Resident bytes: Rss; or Pss, in which processes share out what they have in common."""
+        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.members()]
+        return sum(int(size) * 1024 for text in texts for size in re.findall(f"{kind}: *([0-9]+) kB", text))
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -427,62 +391,44 @@ def connect(port: int) -> socket.socket:
 def exchange(sock: socket.socket, request: bytes) -> tuple[str, bytes]:
     """Head and content of the answer."""
     sock.sendall(request)
-    data = b""
-    while not (found := re.match(rb"(?is)(.*?\r\ncontent-length: *([0-9]+)\r\n.*?\r\n\r\n|.*?content-length: *([0-9]+)\r\n\r\n)", data)):
-        data += received(sock)
-    while len(data) < found.end() + int(found[2] or found[3]):
-        data += received(sock)
-    return found[0].decode(), data[found.end():]
-
-
-def received(sock: socket.socket) -> bytes:
-    data = sock.recv(MIB)
-    if not data:
-        raise ConnectionError("it hangs up")
-    return data
+    head, end, body = b"", b"", b""
+    while not end or len(body) < int(re.search(rb"(?i)content-length: *([0-9]+)", head)[1]):
+        data = sock.recv(MIB)
+        head, end, body = (head, end, body + data) if end else (head + data).partition(b"\r\n\r\n")
+        if not data or end and b"content-length:" not in head.lower():
+            raise ConnectionError(f"it answers no more than {head[:80]!r}")
+    return (head + end).decode(), body
 
 
 @contextlib.contextmanager
 def opened(server: Server, number: int):
-    """Connections that have been used once."""
-    socks = []
-    try:
+    """Connections that have been used once; and a function for those that have an answer, at most so many seconds from now."""
+    socks = {}
+    with contextlib.ExitStack() as stack, select.epoll() as poll:
         for _ in range(number):
-            socks.append(connect(server.port))
-            exchange(socks[-1], GET)
-        yield socks
-    finally:
-        for sock in socks:
-            sock.close()
+            sock = stack.enter_context(connect(server.port))
+            exchange(sock, GET)
+            socks[sock.fileno()] = sock
+            poll.register(sock, select.EPOLLIN)
+        yield list(socks.values()), lambda timeout: [socks[number] for number, _ in poll.poll(timeout)]
 
 
 def idle_memory(server: Server) -> dict:
     """Bytes of a server that has just been started, for each connection that waits for its next request."""
-    with opened(server, 1) as (sock,):
+    with opened(server, 1) as ((sock,), _):
         for _ in range(100):
             exchange(sock, GET)
     time.sleep(0.3)
-    before = server.memory()
+    before = server.memory(), server.memory("Rss")
     with opened(server, IDLE_CONNECTIONS):
         time.sleep(0.3)
-        after = server.memory()
-    return {"value": (after["Pss"] - before["Pss"]) / IDLE_CONNECTIONS, "resident": (after["Rss"] - before["Rss"]) / IDLE_CONNECTIONS,
-            "requests": IDLE_CONNECTIONS, "errors": {}}
-
-
-@contextlib.contextmanager
-def polled(socks: list[socket.socket]):
-    """What tells the sockets that have an answer, at most `timeout` seconds from now."""
-    by_number = {sock.fileno(): sock for sock in socks}
-    with select.epoll() as poll:
-        for number in by_number:
-            poll.register(number, select.EPOLLIN)
-        yield lambda timeout: [by_number[number] for number, _ in poll.poll(timeout)]
+        pss, rss = ((after - size) / IDLE_CONNECTIONS for after, size in zip((server.memory(), server.memory("Rss")), before, strict=True))
+    return {"value": pss, "resident": rss, "requests": IDLE_CONNECTIONS, "errors": {}}
 
 
 def closed_loop(seconds: int, connections: int, server: Server) -> dict:
     """CPU time per request when each connection asks again as soon as it has its answer; opening them is not counted."""
-    with opened(server, connections) as socks, polled(socks) as answered:
+    with opened(server, connections) as (socks, answered):
         before, end, requests, wrong, waiting = server.cpu(), time.monotonic() + seconds, 0, 0, connections
         for sock in socks:
             sock.send(GET)
@@ -503,7 +449,7 @@ def open_loop(seconds: int, server: Server) -> dict:
 
     Whether a connection is free by then does not matter: a server that stalls is charged for all who would have come.
     """
-    with opened(server, BESIDE), opened(server, CONNECTIONS) as socks, polled(socks) as answered:
+    with opened(server, BESIDE), opened(server, CONNECTIONS) as (socks, answered):
         free, due, latencies, sent, wrong, total = deque(socks), {}, [], 0, 0, RATE * seconds
         before, start = server.cpu(), time.perf_counter()
         while len(latencies) < total and time.perf_counter() < start + seconds + 10:
@@ -647,7 +593,7 @@ def show(name: str, scenario: Scenario, rows: list[dict]) -> None:
         ratios = [f"{row[key]:.2f}" if row[key] else "" for key in ("it_to_ours", "ours_to_it")]
         errors = "  errors: " + ", ".join(f"{kind} {number}" for kind, number in row["errors"].items()) if row["failed"] else ""
         print(f"  {row['server']:26}{row['median']:10.2f}{row['min']:11.2f} -{row['max']:9.2f}{'failed' if row['failed'] else ratios[0]:>9}"
-              f"{ratios[1]:>9}{row['bytes'] or '':>9}{statistics.median(rates) if rates else 0:9.0f}{errors}", flush=True)
+              f"{ratios[1]:>9}{row['bytes'] or '':>9}{f'{statistics.median(rates):.0f}' if rates else '':>9}{errors}", flush=True)
 
 
 def output(*arguments, **options) -> str:
@@ -726,15 +672,6 @@ def installed(python: str, package: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- main
 
-def some_of(known: list[str]) -> Callable[[str], list[str]]:
-    """A list of names, with commas between them."""
-    def convert(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(known):
-            raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; choose from {','.join(known)}")
-        return [name for name in known if name in text.split(",")]
-    return convert
-
-
 def arguments() -> argparse.Namespace:
     servers = [OURS, *PEERS][:-1]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -743,8 +680,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all samples there")
     parser.add_argument("--rounds", type=int, help="default: 5")
     parser.add_argument("--seconds", type=int, help="of a load in a round; default: 2")
-    parser.add_argument("--scenarios", metavar="A,B", type=some_of(list(SCENARIOS)), help="default: all")
-    parser.add_argument("--servers", metavar="A,B", type=some_of(servers), help="default: all; httpd.py always takes part")
+    parser.add_argument("--scenarios", metavar="A,B", help="default: all")
+    parser.add_argument("--servers", metavar="A,B", help="default: all; httpd.py always takes part")
     parser.add_argument("--python", action="append", help="for httpd.py, may be repeated, the others run on the first one; "
                                                           "default: every 3.11 and 3.13 of pyenv, or else the one that runs this")
     parser.add_argument("--httpd", type=Path, default=HERE.parent.parent / "httpd.py", help="the file to measure")
@@ -753,8 +690,12 @@ def arguments() -> argparse.Namespace:
     chosen.python = chosen.python or [str(path) for path in found or [sys.executable]][:1 if chosen.quick else None]
     chosen.rounds = chosen.rounds or (3 if chosen.quick else 5)
     chosen.seconds = chosen.seconds or (1 if chosen.quick else 2)
-    chosen.scenarios = chosen.scenarios or (QUICK_SCENARIOS if chosen.quick else list(SCENARIOS))
-    chosen.servers = [name for name in chosen.servers or (QUICK_PEERS if chosen.quick else servers) if name != OURS]
+    quick = (QUICK_SCENARIOS, QUICK_PEERS) if chosen.quick else (list(SCENARIOS), servers)
+    chosen.scenarios = chosen.scenarios.split(",") if chosen.scenarios else quick[0]
+    chosen.servers = chosen.servers.split(",") if chosen.servers else quick[1]
+    if unknown := [name for name in chosen.scenarios + chosen.servers if name not in [*SCENARIOS, *servers]]:
+        parser.error(f"there is no {', '.join(unknown)}, see --help")
+    chosen.servers = [name for name in servers if name in chosen.servers and name != OURS]
     return chosen
 
 
@@ -793,7 +734,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        SERVE[sys.argv[2]](int(sys.argv[3]))
-    else:
-        main()
+    main()

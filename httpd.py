@@ -534,6 +534,7 @@ ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*
 _NAME = r"[\w.~!$&'()*+,;=-]*"                                          # RFC 3986, 3.2.2
 HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?",
                   re.ASCII)
+PLAIN_HOST = re.compile("[A-Za-z0-9.-]+(?::[0-9]{1,4})?")               # what nearly every Host is: quickly found good
 CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|"
                         + _QUOTED + rb"))?)*)\r\n")
@@ -632,16 +633,19 @@ def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
         return "", "", "*", ""
     if method == "CONNECT":
         require(re.fullmatch(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}", target), 400, "CONNECT wants host:port")
-        return "", parse_host(target), "/", ""
+        check_host(target)
+        return "", "", "/", ""
     match = ABSOLUTE_FORM.fullmatch(target)
     require(match, 400, "malformed request target")
     scheme, host, path, query = match.groups()
-    parse_host(host)
+    check_host(host)
     return scheme.lower(), host, path or ("*" if method == "OPTIONS" and query is None else "/"), query or ""
 
 
-def parse_host(text: str) -> str:
-    """The host of `host[:port]` in lower case (RFC 9110, 7.2). It is not empty."""
+def check_host(text: str) -> None:
+    """The grammar of `host[:port]` (RFC 9110, 7.2). The host is not empty."""
+    if PLAIN_HOST.fullmatch(text):
+        return
     match = HOST.fullmatch(text)
     require(match and int(match[2] or 0) <= 65535, 400, "the host is not host[:port]")
     if match[1]:
@@ -649,7 +653,6 @@ def parse_host(text: str) -> str:
             socket.inet_pton(socket.AF_INET6, match[1])
         except OSError:
             raise HTTPError(400, "the host is no IPv6 address") from None
-    return (text if match[2] is None else text[:match.start(2) - 1]).lower()
 
 
 def parse_fields(block: bytes, old: bool) -> Fields:
@@ -666,16 +669,16 @@ def parse_fields(block: bytes, old: bool) -> Fields:
             value = headers[name] + ("; " if name == "cookie" else ", ") + value
         headers[name] = value
     if "host" in headers and "host" not in twice:
-        parse_host(headers["host"])
-    elif "host" in twice or not old:
-        raise HTTPError(400, "HTTP/1.1 wants the Host field, once")
-    length = content_length(headers, twice, old)
-    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
+        check_host(headers["host"])
+    else:
+        require(old and "host" not in twice, 400, "HTTP/1.1 wants the Host field, once")
+    framed = "content-length" in headers or "transfer-encoding" in headers
+    length = content_length(headers, twice, old) if framed else 0
+    options = re.split("[ \t]*,[ \t]*", headers["connection"].lower()) if "connection" in headers else ()
     kept = "close" not in options and ("keep-alive" in options or not old)
-    expect = headers.get("expect") if not old else None
-    connection = CLOSED if not kept else KEPT_1_0 if old else KEPT
-    form = media_type(headers.get("content-type", "")) in FORM_TYPES
-    return Fields(MappingProxyType(headers), length, connection, expect and expect.lower(), form)
+    expect = headers["expect"].lower() if "expect" in headers and not old else None
+    form = "content-type" in headers and media_type(headers["content-type"]) in FORM_TYPES
+    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect, form)
 
 
 def content_length(headers: Mapping[str, str], twice: set, old: bool) -> int:
@@ -814,7 +817,7 @@ class Memo(dict):
     """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
 
     What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for
-    again comes back from there. So heads that never come again leave no more than a hash, and cannot push out those that do.
+    again comes back from there. So heads that never come again leave only a hash, and cannot push out those that do.
     """
 
     def __init__(self, size: int):
@@ -831,12 +834,12 @@ class Memo(dict):
 
     def keep(self, raw: bytes, value: Any) -> None:
         """Remember what has been found good, if it is not for the first time."""
-        if hash(raw) in self.once:
+        key = hash(raw)
+        if key in self.once:
             self.remember(raw, value)
-        elif len(self.once) < 1024:
-            self.once.add(hash(raw))
-        else:
-            self.once = {hash(raw)}
+        elif len(self.once) > 1023:
+            self.once.clear()
+        self.once.add(key)
 
     def remember(self, raw: bytes, value: Any) -> None:
         cost = weight(raw) + weight(value) + 100
@@ -908,7 +911,7 @@ class Connection:
                 self.close()
             except BaseException as fault:
                 self.close()
-                if not isinstance(fault, Exception):        # SystemExit or KeyboardInterrupt, of a handler
+                if not isinstance(fault, Exception):        # SystemExit or KeyboardInterrupt
                     raise
                 log.exception("%s: a fault of the server itself", self.peer)
             break
@@ -1172,6 +1175,7 @@ def checked_status(status: Any, page: Page) -> int:
 
 ACCEPT_BATCH = 64           # connections taken in before those that are there get their turn
 SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
+DEFER = 1                   # seconds that the kernel waits for a request before it hands out a connection
 servers: set[Server] = set()    # those that listen
 
 
@@ -1183,6 +1187,7 @@ def listen(ip: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # the accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
         listener.bind(("" if every else ip, port))
@@ -1378,9 +1383,11 @@ class Server:
 
     def _accept(self) -> None:
         """Take in those who wait, and answer at once who has sent a request already."""
+        family = int(self._listener.family)
         for _ in range(ACCEPT_BATCH):
-            try:
-                sock, peer = self._listener.accept()
+            try:                                            # what accept() does, without its layer of Python
+                descriptor, peer = self._listener._accept()
+                sock = socket.SocketType(family, 1, 0, descriptor)
             except OSError as error:                        # mostly BlockingIOError: nobody waits any more
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
                     log.error("nobody is taken in for a second: %s", error)
@@ -1388,12 +1395,14 @@ class Server:
                 return
             sock.setblocking(False)
             self.accepted += 1
-            connection = Connection(self, sock, peer)
+            connection, before = Connection(self, sock, peer), self.requests
             room = len(self.connections) < self.max_connections or self._make_room()
             self.connections.add(connection)
             if not room:
                 connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
             connection.turn()
+            if self.requests == before and connection.state is Connection.idle:
+                connection.deadline -= DEFER                # it has been silent for so long already
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle longest, or else the one that has been sending a request longest."""

@@ -1200,6 +1200,7 @@ def test_stop_from_a_handler_and_from_any_thread(server):
 
 def test_a_graceful_stop_lets_requests_finish(server):
     with connect(server) as client, connect(server) as idle, connect(server) as stuck:
+        idle.send(get())
         client.sendall(post(b"abc")[:-1])
         stuck.sendall(b"GET")
         for _ in range(5):
@@ -1207,7 +1208,7 @@ def test_a_graceful_stop_lets_requests_finish(server):
         server.start()
         stopper = threading.Thread(target=server.stop, args=(1,))
         stopper.start()
-        assert idle.recv(10) == b""
+        assert idle.recv(1000).startswith(b"HTTP/1.1 200") and idle.recv(10) == b""
         with pytest.raises(OSError):
             connect(server)
         client.sendall(b"c")
@@ -1359,8 +1360,9 @@ def test_a_reader_that_takes_nothing_is_closed():
 def test_timeout_says_when_run_once_is_due(server):
     server.run_once(0)
     assert server.timeout() is None
-    with connect(server):
-        server.run_once(0)
+    with connect(server) as client:
+        client.send(b"G")
+        server.run_once(0.1)
         assert 0 <= server.timeout() <= 1
 
 
@@ -1392,7 +1394,7 @@ def test_stuck_clients_do_not_keep_a_newcomer_out(raw):
         client.send(raw)
     for _ in range(5):
         server.run_once(0)
-    assert len(server.connections) == 100
+    assert len(server.connections) == (100 if raw else 0)   # the kernel keeps the silent ones for a while
     for _ in range(3):
         data, end = exchange(server, get())
         assert data.startswith(b"HTTP/1.1 200") and len(server.connections) <= 100
@@ -1406,6 +1408,7 @@ def test_out_of_descriptors_without_spinning(server, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     server.run_once(0)
     client = connect(server)
+    client.send(get())
     free = os.dup(0)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
@@ -1418,7 +1421,6 @@ def test_out_of_descriptors_without_spinning(server, caplog):
         assert turns < 5 and "nobody is taken in for a second" in caplog.text
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    client.send(get())
     until = time.monotonic() + 5
     while not server.requests:
         assert time.monotonic() < until

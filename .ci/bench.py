@@ -1,7 +1,7 @@
 """What a request costs: httpd.py beside other servers, on this machine.
 
     python .ci/bench.py --quick                 two minutes: the main scenarios, four other servers
-    python .ci/bench.py --json result.json      all of it: half an hour
+    python .ci/bench.py --json result.json      all of it: 25 minutes
 
 Measured is the CPU time of a server per request, user and system, of its process and its children, in microseconds, from the kernel's accounting.
 It follows the load of the machine far less than requests per second do. A server runs on the first core, its load on the last one. Servers take
@@ -16,6 +16,7 @@ the user's cache directory, those that Debian has come from apt-get if this is r
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
@@ -134,17 +135,12 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 import uvicorn
 uvicorn.run(asgi, host="127.0.0.1", port=port, http="httptools", loop="uvloop", lifespan="off", log_level="critical", access_log=False,
             server_header=False, timeout_keep_alive=60)
-""", "granian-wsgi": """
+""", **{f"granian-{kind}": f"""
 import granian
 if __name__ == "__main__":                                      # its worker imports this, too
-    granian.Granian(__file__ + ":wsgi", address="127.0.0.1", port=port, interface="wsgi", log_enabled=False, websockets=False,
-                    backpressure=20000).serve()
-""", "granian-asgi": """
-import granian
-if __name__ == "__main__":
-    granian.Granian(__file__ + ":asgi", address="127.0.0.1", port=port, interface="asgi", loop="uvloop", log_enabled=False, websockets=False,
-                    backpressure=20000).serve()
-""", "aiohttp": """
+    granian.Granian(__file__ + ":{kind}", address="127.0.0.1", port=port, interface="{kind}", loop="{loop}", log_enabled=False,
+                    websockets=False, backpressure=20000).serve()
+""" for kind, loop in (("wsgi", "asyncio"), ("asgi", "uvloop"))}, "aiohttp": """
 import uvloop
 from aiohttp import web, web_response
 web_response.SERVER_SOFTWARE = ""                               # the field stays, empty
@@ -310,6 +306,9 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        with contextlib.suppress(ChildProcessError):            # its children are ours now
+            while True:
+                os.waitpid(-self.process.pid, 0)
 
 
 @contextlib.contextmanager
@@ -580,7 +579,7 @@ def rows_of(samples: dict[str, list], servers: dict[str, Server] | None = None) 
         rows.append({"server": label, "median": statistics.median(values), "min": min(values), "max": max(values), "errors": errors,
                      "failed": bool(errors), "bytes": servers[label].size if servers else None, "samples": taken})
     for row in rows:
-        comparable = not (row["failed"] or rows[0]["failed"]) and row["median"] > 0 < rows[0]["median"]
+        comparable = rows[0]["server"].startswith(OURS) and not (row["failed"] or rows[0]["failed"]) and row["median"] > 0 < rows[0]["median"]
         row["it_to_ours"] = row["median"] / rows[0]["median"] if comparable else None
         row["ours_to_it"] = rows[0]["median"] / row["median"] if comparable else None
     return rows
@@ -726,6 +725,7 @@ def measure(chosen: argparse.Namespace, work: Path) -> None:
 def main() -> None:
     chosen = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # through every `finally`
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)                     # PR_SET_CHILD_SUBREAPER: what servers leave behind comes to us
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.disable()                                                # no pauses in what is timed

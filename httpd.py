@@ -37,9 +37,9 @@ from __future__ import annotations
 
 import errno, json, logging, math, os, re, resource, selectors, signal, socket, sys, threading, time
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from importlib import import_module
-from inspect import signature
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequence
@@ -520,16 +520,16 @@ class Page:
 # -------------------------------------------------------------------------------------------------------------- Parser
 # Bytes in, immutable heads out. RFC 9110 and 9112, and where they leave a choice, the strict one: a doubt is a 400.
 
-_ESCAPED = rb"%(?!00)[0-9A-Fa-f]{2}"
-_PATH = rb'/[!"$&->@-~]*(?:' + _ESCAPED + rb'[!"$&->@-~]*)*'            # RFC 3986, 3.3: visible ASCII but # and ?
-_QUERY = rb'[!"$&-~]*(?:' + _ESCAPED + rb'[!"$&-~]*)*'
+_ESCAPED = "%(?!00)[0-9A-Fa-f]{2}"
+_PATH = '/[!"$&->@-~]*(?:' + _ESCAPED + '[!"$&->@-~]*)*'                # RFC 3986, 3.3: visible ASCII but # and ?
+_QUERY = '[!"$&-~]*(?:' + _ESCAPED + '[!"$&-~]*)*'
 _VALUE = FIELD_VALUE.pattern.encode("latin-1")
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'         # RFC 9110, 5.6.4
 _LINES = rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*"
 EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")                             # RFC 9112, 2.2: clients that send too many
-REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ((" + _PATH + rb")(?:\?(" + _QUERY + rb"))?|(?!/)" + _QUERY
-                          + rb") HTTP/([0-9]\.[0-9])\r\n")
-FIELD_LINES = re.compile(_LINES)
+REQUEST_LINE = re.compile("(" + TOKEN.pattern + ") ((" + _PATH + r")(?:\?(" + _QUERY + "))?|(?!/)" + _QUERY
+                          + r") HTTP/([0-9]\.[0-9])")
+FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
 ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
 _NAME = r"[\w.~!$&'()*+,;=-]*"                                          # RFC 3986, 3.2.2
 HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?",
@@ -586,49 +586,44 @@ def require(condition: Any, status: int, reason: str) -> None:
         raise HTTPError(status, reason)
 
 
-def parse_head(raw: bytes, memo: Memo, methods) -> Head:
-    """A whole head, to its empty line. `memo` remembers header sections; `methods` are those that are known.
+def parse_head(raw: bytes, sections: Memo, lines: FieldLines, methods: set) -> Head:
+    """A whole head, to its empty line. `sections` and `lines` remember what has been parsed; `methods` are known ones.
 
     The order of checks: grammar, version, sizes, method, Host, framing.
     """
-    match = REQUEST_LINE.match(raw)
-    require(match, 400, "malformed request line")
-    block = raw[match.end():-2]
-    old = match[5] == b"1.0"
-    fields = memo[block] if not old else None               # remembered as a HTTP/1.1 client's
-    if fields is None and not FIELD_LINES.fullmatch(block):
-        raise HTTPError(400, "malformed header field")
-    method, target, scheme, host, path, query = parse_request_line(match)
-    if fields is None and block.count(b"\n") > MAX_FIELDS:
+    line, _, block = raw.partition(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    if match is None:
+        raise HTTPError(400, "malformed request line")
+    method, target, path, query, version = match.groups()
+    old = version == "1.0"
+    fields = sections[block] if not old else None           # remembered as a HTTP/1.1 client's
+    if fields is None:
+        pairs = list(map(lines.__getitem__, block.split(b"\r\n")[:-2]))
+    scheme, host = "", ""
+    if path is None or method == "CONNECT" or version[0] != "1":
+        scheme, host, path, query = parse_target(method, target, version)
+    if fields is None and len(pairs) > MAX_FIELDS:
         raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
     if method not in methods:
         raise HTTPError(501, "this method is not known here")
     if fields is None:
-        fields = parse_fields(block, old)
+        fields = parse_fields(pairs, old)
         if not old:
-            memo.keep(block, fields)
+            sections.keep(block, fields)
     if host:                                                # RFC 9112, 3.2.2: the target's host counts
         fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": host}))
     if "%" in path:
         path = unquote(path)
     root, slash, rest = path[1:].partition("/") if path != "*" else ("*", "", "")
-    return Head(method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query, root, slash + rest, scheme,
-                fields.length, fields.connection, fields)
+    version = "HTTP/1.0" if old else "HTTP/1.1"
+    return tuple.__new__(Head, (method, target, version, path, query or "", root, slash + rest,
+                                scheme, fields.length, fields.connection, fields))      # half the price of Head(...)
 
 
-def parse_request_line(match: Any) -> tuple[str, str, str, str, str, str]:
-    """Method and target; scheme and host of the target, its path and query."""
-    method, target, path, query, version = match.groups()
-    if version[0] != 49:                                    # "1"
-        raise HTTPError(505, "this server speaks HTTP/1.1")
-    method, target = method.decode(), target.decode()
-    if path is None or method == "CONNECT":
-        return (method, target, *parse_target(method, target))
-    return method, target, "", "", path.decode(), query.decode() if query else ""
-
-
-def parse_target(method: str, target: str) -> tuple[str, str, str, str]:
-    """Scheme, host, path and query of a target that is not in origin-form (RFC 9112, 3.2)."""
+def parse_target(method: str, target: str, version: str) -> tuple[str, str, str, str]:
+    """Scheme, host, path and query of a target that is not in origin-form (RFC 9112, 3.2), if the version allows it."""
+    require(version[0] == "1", 505, "this server speaks HTTP/1.1")
     if target == "*" and method == "OPTIONS":
         return "", "", "*", ""
     if method == "CONNECT":
@@ -655,19 +650,11 @@ def check_host(text: str) -> None:
             raise HTTPError(400, "the host is no IPv6 address") from None
 
 
-def parse_fields(block: bytes, old: bool) -> Fields:
-    """Take the lines of a header section apart; their grammar has been checked. `old`: a HTTP/1.0 client's."""
-    headers: dict[str, str] = {}
-    twice = set()
-    lines = block.decode("latin-1").split("\r\n")
-    lines.pop()
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if name in headers:                                 # RFC 9110, 5.3; RFC 6265, 5.4
-            twice.add(name)
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
-        headers[name] = value
+def parse_fields(pairs: list[tuple[str, str]], old: bool) -> Fields:
+    """What the fields say together. `old`: a HTTP/1.0 client's."""
+    headers, twice = dict(pairs), ()
+    if len(headers) < len(pairs):
+        headers, twice = join_fields(pairs)
     if "host" in headers and "host" not in twice:
         check_host(headers["host"])
     else:
@@ -681,7 +668,19 @@ def parse_fields(block: bytes, old: bool) -> Fields:
     return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect, form)
 
 
-def content_length(headers: Mapping[str, str], twice: set, old: bool) -> int:
+def join_fields(pairs: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
+    """Values of the same name become a list (RFC 9110, 5.3; RFC 6265, 5.4); also the names that come more than once."""
+    headers: dict[str, str] = {}
+    twice = set()
+    for name, value in pairs:
+        if name in headers:
+            twice.add(name)
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers, twice
+
+
+def content_length(headers: Mapping[str, str], twice: Any, old: bool) -> int:
     """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through doubts."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None:
@@ -705,17 +704,20 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
     """
     empty = EMPTY_LINES.match(data).end()
     begin = data[:empty + limit]
-    if not start and b"\r\n" in begin[empty:]:
-        match = REQUEST_LINE.match(begin, empty)
+    line, found, _ = begin[empty:].partition(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1")) if found else None
+    if found and not start:
         require(match, 400, "malformed request line")
-        start = match.end()
+        start = empty + len(line) + 2
     if start:
         require(FIELD_LINES_BEGIN.fullmatch(begin, start), 400, "malformed header field")
     else:
         require(REQUEST_LINE_BEGIN.fullmatch(begin, empty), 400, "malformed request line")
     if len(data) > len(begin):
         require(start, 414, "the request line is longer than max_header_size, %d bytes" % limit)
-        parse_request_line(REQUEST_LINE.match(begin, empty))
+        method, target, path, _, version = match.groups()
+        if path is None or method == "CONNECT" or version[0] != "1":
+            parse_target(method, target, version)
         raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
     return start and begin.rfind(b"\r\n") + 2
 
@@ -852,6 +854,27 @@ class Memo(dict):
             self[raw] = value
 
 
+class FieldLines(dict):
+    """Field lines that have been parsed, line -> (name, value): most of what a client sends, it has sent before."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = self.room = size            # bytes, and those left
+
+    def __missing__(self, line: bytes) -> tuple[str, str]:
+        require(FIELD_LINE.fullmatch(line), 400, "malformed header field")
+        name, value = line.decode("latin-1").split(":", 1)
+        pair = name.lower(), value.strip(" \t")
+        cost = 3 * len(line) + 300
+        if cost < self.size // 8:               # a long one would push out too many
+            if cost > self.room:
+                self.clear()
+                self.room = self.size
+            self.room -= cost
+            self[line] = pair
+        return pair
+
+
 def weight(value: Any) -> int:
     """The bytes that something parsed takes, about."""
     parts = value if isinstance(value, tuple) else value.items() if isinstance(value, MappingProxyType) else ()
@@ -921,7 +944,7 @@ class Connection:
     def idle(self) -> bool:
         """Nothing of a request is here yet. A lone one whose head has been seen before takes the short way."""
         data = self.sock.recv(RECEIVE_SIZE)
-        head = self.server.heads[data]
+        head = self.server.heads.get(data)
         if head is not None and not head.length:
             return self.answer(head, b"")
         if not data:
@@ -961,8 +984,11 @@ class Connection:
     def begin_content(self, head: Head) -> bool:
         """Refuse the content before it is read, or have it read; a short one always, to keep the connection."""
         server, expect = self.server, head.fields.expect
-        self.head = head if head.length else None
         limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
+        if expect is None and 0 < head.length <= min(limit, len(self.received)):
+            body, self.received = self.received[:head.length], self.received[head.length:]
+            return self.answer(head, body)                  # all of it has come with the head
+        self.head = head if head.length else None
         try:
             find_root(head)
             wanted = expect is not None
@@ -1017,7 +1043,10 @@ class Connection:
         page, connection = self.server.page, head.connection
         page.clear()
         try:
-            root, handler = find_root(head)
+            root = roots.get(head.root) or roots.get("")
+            handler = root and root.handlers.get(head.method)
+            if handler is None or pending_inits:
+                root, handler = find_root(head)
             page._content_type = root.content_type
             status = handler(Request(self, head, root, body), page)
             if status != 200:
@@ -1043,9 +1072,9 @@ class Connection:
             end = HEADROOM
         start = HEADROOM - len(head)
         if self.received or self.out or start < 0:
-            self.out = self.out or bytearray()
-            self.out += head
-            self.out += page._view[HEADROOM:end]
+            self.out = out = self.out or bytearray()
+            out += head
+            out += page._view[HEADROOM:end]
         else:
             page._view[start:HEADROOM] = head
             self.out = page._view[start:end]
@@ -1219,7 +1248,8 @@ class Server:
         self.max_connections = values.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
         self.page = Page(values.buf_size)
         self.heads = Memo(values.memo_size // 2)            # whole heads; and where only the request line is new,
-        self.fields = Memo(values.memo_size // 2)           # the fields below it
+        self.sections = Memo(values.memo_size // 4)         # the header section below it; and where a field is new,
+        self.lines = FieldLines(values.memo_size // 4)      # the others
         self.response_heads: dict[tuple, bytes] = {}        # of this second
         self.connections: set[Connection] = set()
         self.held = 0                                       # bytes that the connections keep between their turns
@@ -1451,7 +1481,7 @@ class Server:
 
     def admit(self, raw: bytes) -> Head:
         """Parse a head that has not been seen lately; remember it when it has passed what can be checked for good."""
-        head = parse_head(raw, self.fields, known_methods)
+        head = parse_head(raw, self.sections, self.lines, known_methods)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
         if head.fields.expect is None:
@@ -1494,6 +1524,7 @@ class Server:
 
 mi_commands: dict[str, Callable] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+decode_json = json.JSONDecoder(parse_constant=int).decode   # NaN and Infinity are no JSON: int() raises ValueError
 _INT = "-?(0|[1-9][0-9]{0,17})"
 NUMBERS = {**dict.fromkeys((int, "int"), _INT), **dict.fromkeys((float, "float"), _INT + "([.][0-9]{1,17})?")}
 STARTED = time.time()
@@ -1510,16 +1541,30 @@ def register_mi(name: str, function: Callable) -> None:
     mi_commands[name] = function
 
 
-def bind_parameters(function: Callable, given: Any) -> Any:
-    """What the command is called with; TypeError if that is not what its signature says."""
-    bound = signature(function).bind(*given) if isinstance(given, list) else signature(function).bind(**given)
+@lru_cache(maxsize=None)
+def mi_signature(function: Callable) -> Any:
+    """The parameter list of a command."""
+    from inspect import signature                           # takes 10 ms to import
+    return signature(function)
+
+
+@lru_cache(maxsize=None)
+def needs_nothing(function: Callable) -> bool:
+    return all(parameter.default is not parameter.empty for parameter in mi_signature(function).parameters.values())
+
+
+def bind_parameters(function: Callable, given: Any) -> Callable[[], Any]:
+    """The command with its parameters; TypeError if they are not what its signature says."""
+    if not given and needs_nothing(function):
+        return function
+    bound = mi_signature(function).bind(*given) if isinstance(given, list) else mi_signature(function).bind(**given)
     for name, value in bound.arguments.items():
         pattern = NUMBERS.get(bound.signature.parameters[name].annotation)
         if pattern and isinstance(value, str):
             if not re.fullmatch(pattern, value):
                 raise TypeError("%s must be a number, not %r" % (name, value))
             bound.arguments[name] = json.loads(value)
-    return bound
+    return lambda: function(*bound.args, **bound.kwargs)
 
 
 def call_mi(call: Any) -> Optional[str]:
@@ -1535,11 +1580,11 @@ def call_mi(call: Any) -> Optional[str]:
         if method not in mi_commands:
             raise HTTPError(-32601, "Method not found")
         try:
-            bound = bind_parameters(mi_commands[method], given)
+            command = bind_parameters(mi_commands[method], given)
         except TypeError as error:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
-        answer = '"result":' + encode_json(mi_commands[method](*bound.args, **bound.kwargs))
+        answer = '"result":' + encode_json(command())
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
@@ -1554,10 +1599,10 @@ def answer_mi(request: Request, page: Page) -> int:
     if not request.headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
         raise HTTPError(415, "the Content-Type must be application/json")
     own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
-    if request.headers.get("origin", own).lower() != own.lower():
+    if "origin" in request.headers and request.headers["origin"].lower() != own.lower():
         raise HTTPError(403, "pages of another origin may not send commands")
     try:
-        calls = json.loads(request.body.decode(), parse_constant=int)   # NaN is no JSON: int() raises ValueError
+        calls = decode_json(request.body.decode())
     except (ValueError, RecursionError):
         page.write('{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}')
         return 200
@@ -1586,7 +1631,7 @@ def mi_which(command: Optional[str] = None) -> list:
         return sorted(mi_commands)
     if not isinstance(command, str) or command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
-    parameters = signature(mi_commands[command]).parameters.values()
+    parameters = mi_signature(mi_commands[command]).parameters.values()
     names = [parameter.name for parameter in parameters]
     return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
 

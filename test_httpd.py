@@ -819,10 +819,12 @@ def test_a_flood_of_heads_neither_grows_the_memo_nor_pushes_out_what_is_used(ser
             server.admit(get(b"/echo?%d" % number, b"X-Unique: %d" % number))
         if not number % 50:
             assert server.heads[often] is kept
-    for memo in (server.heads, server.fields):
+    for memo in (server.heads, server.sections):
         held = sum(httpd.weight(raw) + httpd.weight(value) + 100 for part in (memo, memo.old) for raw, value in part.items())
-        assert memo.old and held <= server.params.memo_size // 2
+        assert memo.old and held <= memo.size * 2
         assert len(memo.once) <= 1024
+    assert sum(httpd.weight(line) + httpd.weight(pair) + 100 for line, pair in server.lines.items()) <= server.lines.size
+    assert server.heads.size * 2 + server.sections.size * 2 + server.lines.size <= server.params.memo_size
 
 
 # ---------------------------------------------------------------------------------------------------------- Connection

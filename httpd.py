@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import errno, json, logging, math, os, re, resource, selectors, signal, socket, sys, threading, time
 from email.utils import formatdate
-from functools import lru_cache
+from functools import cache
 from http import HTTPStatus
 from importlib import import_module
 from operator import attrgetter
@@ -1541,14 +1541,14 @@ def register_mi(name: str, function: Callable) -> None:
     mi_commands[name] = function
 
 
-@lru_cache(maxsize=None)
+@cache
 def mi_signature(function: Callable) -> Any:
     """The parameter list of a command."""
     from inspect import signature                           # takes 10 ms to import
     return signature(function)
 
 
-@lru_cache(maxsize=None)
+@cache
 def needs_nothing(function: Callable) -> bool:
     return all(parameter.default is not parameter.empty for parameter in mi_signature(function).parameters.values())
 

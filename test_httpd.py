@@ -6,7 +6,6 @@ import gc
 import http.client
 import io
 import json
-import logging
 import os
 import pathlib
 import random
@@ -90,12 +89,12 @@ def connect(server, **options):
     return client
 
 
-def pump(server, client, patience=3):
+def pump(server, client, patience=2):
     """Let the server work until nothing comes any more. Returns what came, and whether the server has ended the connection."""
     data, quiet = b"", 0
     client.setblocking(False)
     while quiet < patience:
-        server.run_once(0.004 * quiet)
+        server.run_once(0.003 * quiet)
         try:
             more = client.recv(1 << 20)
         except BlockingIOError:

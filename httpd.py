@@ -1584,14 +1584,14 @@ def call_mi(call: Any) -> Optional[str]:
         except TypeError as error:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
-        answer = '"result":' + encode_json(command())
+        answer = encode_json({"jsonrpc": "2.0", "result": command(), "id": ident})
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
             error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
-        answer = {"code": error.status, "message": error.reason}
-        answer = '"error":' + encode_json({**answer, "data": data} if data else answer)
-    return '{"jsonrpc":"2.0",%s,"id":%s}' % (answer, encode_json(ident)) if "id" in call else None
+        told = {"code": error.status, "message": error.reason}
+        answer = encode_json({"jsonrpc": "2.0", "error": {**told, "data": data} if data else told, "id": ident})
+    return answer if "id" in call else None
 
 
 def answer_mi(request: Request, page: Page) -> int:

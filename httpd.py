@@ -969,7 +969,7 @@ class Connection:
         """Take the next request out of what has been received, if its head is whole."""
         data, server = self.received, self.server
         start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
-        end = data.find(b"\r\n\r\n", max(start, self.checked - 2)) + 4
+        end = data.find(b"\r\n\r\n", self.checked - 2 if self.checked else start) + 4
         if end < 4 or end - start > server.params.max_header_size:
             self.checked = check_begin(data, self.checked, server.params.max_header_size)
             return self.wait_in(Connection.receive_head)

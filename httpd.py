@@ -372,7 +372,7 @@ def find_root(head: Head) -> tuple[Root, Callable]:
     root = roots.get(head.root) or roots.get("")
     if root is None:
         if head.path == "*":                            # OPTIONS, the parser has seen to that: the server as a whole
-            return Root("*", "httpd", dict.fromkeys(sorted(known_methods)), ""), answer_options
+            return Root("*", "httpd", dict.fromkeys(sorted(known_methods - {"TRACE"})), ""), answer_options
         raise HTTPError(404, "nothing is registered for this path")
     handler = root.handlers.get(head.method)
     if handler is None:
@@ -988,7 +988,7 @@ class Connection:
         if expect is None and 0 < head.length <= min(limit, len(self.received)):
             body, self.received = self.received[:head.length], self.received[head.length:]
             return self.answer(head, body)                  # all of it has come with the head
-        self.head = head if head.length else None
+        self.head = head
         try:
             find_root(head)
             wanted = expect is not None
@@ -1000,6 +1000,7 @@ class Connection:
             raise HTTPError(417, "no expectation but 100-continue is understood")
         content = decode_content(head.length, limit, server.params.max_header_size)
         if not head.length:
+            self.head = None
             return self.answer(head, b"")
         next(content)
         self.content = content
@@ -1421,7 +1422,7 @@ class Server:
             except OSError as error:                        # mostly BlockingIOError: nobody waits any more
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
                     log.error("nobody is taken in for a second: %s", error)
-                    self._set_accepting(False)                  # the listener would be readable all the time
+                    self._set_accepting(False)              # the listener would be readable all the time
                 return
             sock.setblocking(False)
             self.accepted += 1

@@ -911,7 +911,8 @@ def test_head_has_the_fields_of_get_and_no_content(server):
     assert data.endswith(b"\r\n\r\n") and end == "open"
     head, = answers(data, "HEAD")
     assert int(head.headers["Content-Length"]) == len(whole.body) + 1           # it says HEAD in the content
-    for raw in (b"HEAD /nowhere" + V, b"HEAD /echo HTTP/1.1\r\n\r\n", b"HEAD /echo HTTP/2.0\r\n\r\n"):
+    for raw in (b"HEAD /nowhere" + V, b"HEAD /echo HTTP/1.1\r\n\r\n", b"HEAD /echo HTTP/2.0\r\n\r\n",
+                b"HEAD /echo HTTP/1.1\r\n" + HOST + b"Expect: x\r\n\r\n", b"HEAD /echo HTTP/1.1\r\n" + HOST + b"Content-Length: 9999\r\n\r\n"):
         assert exchange(server, raw)[0].endswith(b"\r\n\r\n")                    # nor has an error
 
 

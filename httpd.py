@@ -307,7 +307,7 @@ known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TR
 
 
 def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[Request, Page], int],
-                     init_proc_cb: Optional[Callable[[], None]] = None, *,
+                     flush_data_cb: None = None, init_proc_cb: Optional[Callable[[], None]] = None, *,
                      content_type: str = "text/html; charset=utf-8", methods: tuple = ("GET", "POST")) -> None:
     """Have `access_handler_cb(request, page) -> status` answer every request at and below `/root_path`.
 
@@ -317,6 +317,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
                        content of the response with page.write() and returns the status, 200 to 599. HTTPError is
                        answered as it says, another exception with 500 and a traceback in the log. Be quick: nobody
                        else is served meanwhile
+    flush_data_cb      is for responses that do not fit into the page, which this version does not have: None
     init_proc_cb       called once in every process that serves, in the server's thread, before the first request
     content_type       of the response, unless the handler sets page.content_type
     methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
@@ -330,6 +331,8 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
         raise ConfigError("%s: root path %s, not %r" % (module, error, root_path)) from None
     if name in roots:
         raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
+    if flush_data_cb is not None:
+        raise ConfigError('%s: root path "%s": this version has no flush_data_cb' % (module, name))
     if not callable(access_handler_cb):
         raise ConfigError('%s: root path "%s": no function: %r' % (module, name, access_handler_cb))
     words = [method for method in methods if isinstance(method, str) and TOKEN.fullmatch(method)]

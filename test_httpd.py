@@ -333,7 +333,7 @@ def test_root_paths(server, root, name):                # OPENSIPS, never 12
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(access_handler_cb=3), "no function: 3"), (dict(methods="GET"), "methods must be a tuple of names"),
+    (dict(access_handler_cb=3), "no function: 3"), (dict(flush_data_cb=print), "no flush_data_cb"), (dict(methods="GET"), "methods must be a tuple of names"),
     (dict(methods=("G T",)), "methods must be a tuple of names"), (dict(methods=("TRACE",)), "not CONNECT or TRACE"), (dict(methods=(3,)), "methods must be")])
 def test_registrations_that_cannot_work(arguments, message):
     with pytest.raises(httpd.ConfigError, match=message):
@@ -371,15 +371,15 @@ def test_unregister(server):
 def test_a_root_registered_while_serving_is_there_at_once(server, caplog):
     assert answers(exchange(server, get(b"/new"))[0])[0].status == 404
     called = []
-    httpd.register_httpdcb("test", "new", lambda request, page: called.append("request") or 200, lambda: called.append("init"))
-    httpd.register_httpdcb("test", "bad", echo, lambda: 1 / 0)
+    httpd.register_httpdcb("test", "new", lambda request, page: called.append("request") or 200, None, lambda: called.append("init"))
+    httpd.register_httpdcb("test", "bad", echo, None, lambda: 1 / 0)
     assert answers(exchange(server, get(b"/new") * 2)[0])[0].status == 200 and called == ["init", "request", "request"]
     assert answers(exchange(server, get(b"/bad"))[0])[0].status == 200 and "an init_proc_cb failed" in caplog.text
 
 
 def test_init_proc_cb_runs_once_before_the_first_request():
     calls = []
-    httpd.register_httpdcb("test", "x", lambda request, page: calls.append("request") or 200, lambda: calls.append("init"))
+    httpd.register_httpdcb("test", "x", lambda request, page: calls.append("request") or 200, None, lambda: calls.append("init"))
     for _ in range(2):
         with httpd.Server(ip="127.0.0.1", port=0) as server:
             with connect(server) as client:
@@ -390,7 +390,7 @@ def test_init_proc_cb_runs_once_before_the_first_request():
 
 def test_a_failing_init_proc_cb_fails_the_start(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    httpd.register_httpdcb("test", "x", echo, lambda: 1 / 0)
+    httpd.register_httpdcb("test", "x", echo, init_proc_cb=lambda: 1 / 0)
     server = httpd.Server(ip="127.0.0.1", port=0)
     port = server.port
     with pytest.raises(RuntimeError, match="init_proc_cb"):
@@ -1251,7 +1251,7 @@ def test_a_server_starts_once_and_can_be_stopped_before(server):
     early.run()
     early.run_once()
     assert early.timeout() is None and early.fileno() == -1 and running.timeout() is None and running.fileno() == -1
-    httpd.register_httpdcb("test", "x", echo, lambda: pytest.fail("a server that does not serve"))
+    httpd.register_httpdcb("test", "x", echo, None, lambda: pytest.fail("a server that does not serve"))
     idle = httpd.Server(ip="127.0.0.1", port=0)
     assert idle.port
     idle.stop()

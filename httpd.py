@@ -977,7 +977,7 @@ class Connection:
             self.checked = check_begin(data, self.checked, server.params.max_header_size)
             return self.wait_in(Connection.receive_head)
         raw = data[start:end]
-        head = server.heads[raw] or server.admit(raw)
+        head = server.heads.get(raw) or server.admit(raw)
         self.received = data[end:]
         self.checked = 0
         if head.length or head.fields.expect is not None:
@@ -1485,6 +1485,8 @@ class Server:
 
     def admit(self, raw: bytes) -> Head:
         """Parse a head that has not been seen lately; remember it when it has passed what can be checked for good."""
+        if raw in self.heads.old:
+            return self.heads[raw]
         head = parse_head(raw, self.sections, self.lines, known_methods)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)

@@ -211,7 +211,7 @@ def unquoted(text: str) -> str:
 def read_config(path: str, problems: list[str]) -> list[tuple[str, str, str, str]]:
     """The lines of a configuration as (FILE:LINE, module, name, value); without a name the module is to be loaded."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:      # some editors begin with a mark
             lines = file.read().split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError("%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)) from None

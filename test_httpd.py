@@ -231,6 +231,7 @@ def config(tmp_path, text):
 
 CONFIG_ROWS = [
     ('[httpd]\nport = 8000', {"port": 8000}, "INI"),
+    ('\ufeff[httpd]\nport = 8000', {"port": 8000}, "a byte order mark"),
     ('  [ httpd ]\r\n  port=8000\r\n', {"port": 8000}, "blanks and CRLF"),
     ('# a\n; b\n\n[httpd] # c\nport = 8000 ; d\nip = "127.0.0.1" # e', {"port": 8000, "ip": "127.0.0.1"}, "comments"),
     ('[httpd]\ntls_key_file = "/a ;b #c"', {"tls_key_file": "/a ;b #c"}, "quotes protect a comment sign"),

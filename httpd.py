@@ -21,9 +21,9 @@ How a GET travels through this file:
         Connection.idle               one recv(); a head seen before costs a dict look-up, any other comes by
           Connection.next_request     where does the head end?
             Server.admit              has it parsed and checked, and remembers it
-              parse_head              bytes in, an immutable Head out, or HTTPError
+              parse_head              bytes in, an immutable Head out, or HTTPError; it remembers sections and lines
           Connection.begin_content    only if the request has content: receive_content until it is whole
-          Connection.answer           find_root, a Request, and the access handler writes into the Page
+          Connection.answer           a Request for the root's handler, which writes into the Page; else find_root
             Connection.respond        puts the head right before the content, in the same buffer
         Connection.flush              one send(); then idle again, or next_request, or the end
 

@@ -18,14 +18,15 @@ How a GET travels through this file:
 
     Server._turn                      one poll; the clock is read once for all that is ready
       Connection.turn                 runs states until one has to wait
-        Connection.idle               one recv(); a head seen before costs a dict look-up, any other comes by
-          Connection.next_request     where does the head end?
+        Connection.idle               one recv()
+        Connection.serve              a head seen before costs a dict look-up, any other comes by
+          Connection.next_head        where does it end?
             Server.admit              has it parsed and checked, and remembers it
-              parse_head              bytes in, an immutable Head out, or HTTPError; it remembers sections and lines
+              parse_head              bytes in, an immutable Head out, or HTTPError; it remembers lines
           Connection.begin_content    only if the request has content: receive_content until it is whole
-          Connection.answer           a Request for the root's handler, which writes into the Page; else find_root
-            Connection.respond        puts the head right before the content, in the same buffer
-        Connection.flush              one send(); then idle again, or next_request, or the end
+          a Request for the root's handler, which writes into the Page; find_root says why there is none
+          Connection.respond          puts the head right before the content, in the same buffer
+        Connection.flush              one send(); then idle again, or serve, or the end
 
 The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined
 requests, which leave together, are copied out and counted against memory_budget: it is free again when `turn` returns.
@@ -403,10 +404,10 @@ class Request:
 
     __slots__ = ("state", "body", "_head", "_root", "_connection", "_form")
 
-    def __init__(self, connection: Connection, head: Head, root: Root, body: bytes):
+    def __init__(self, connection: Connection, head: Head, body: bytes):
         self._connection = connection
         self._head = head
-        self._root = root
+        self._root = None           # until it is found
         self._form = None
         self.body = body            # the content, transfer coding taken off
         self.state = None
@@ -578,9 +579,9 @@ class Head(NamedTuple):
     root: str                   # the first segment of the path,
     url: str                    # and the rest
     scheme: str                 # of an absolute-form target, else empty
-    length: int
     connection: str
     fields: Fields
+    waits: bool                 # there is content, or an expectation, to be looked at before the answer
 
 
 def require(condition: Any, status: int, reason: str) -> None:
@@ -589,20 +590,19 @@ def require(condition: Any, status: int, reason: str) -> None:
         raise HTTPError(status, reason)
 
 
-def parse_head(raw: bytes, sections: Memo, lines: FieldLines, methods: set) -> Head:
-    """A whole head, to its empty line. `sections` and `lines` remember what has been parsed; `methods` are known ones.
+def parse_head(line: bytes, block: bytes, fields: Optional[Fields], lines: FieldLines, methods: set) -> Head:
+    """A request line and the whole header section below it, to its empty line; `fields` if that has been parsed before.
 
-    The order of checks: grammar, version, sizes, method, Host, framing.
+    `lines` remembers field lines; `methods` are known ones. The order of checks: grammar, version, sizes, method, Host,
+    framing.
     """
-    line, _, block = raw.partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise HTTPError(400, "malformed request line")
     method, target, path, query, version = match.groups()
     old = version == "1.0"
-    fields = sections[block] if not old else None           # remembered as a HTTP/1.1 client's
-    if fields is None:
-        pairs = list(map(lines.__getitem__, block.split(b"\r\n")[:-2]))
+    if fields is None or old:                               # remembered as a HTTP/1.1 client's
+        fields, pairs = None, list(map(lines.__getitem__, block.split(b"\r\n")[:-2]))
     scheme, host = "", ""
     if path is None or method == "CONNECT" or version[0] != "1":
         scheme, host, path, query = parse_target(method, target, version)
@@ -612,16 +612,14 @@ def parse_head(raw: bytes, sections: Memo, lines: FieldLines, methods: set) -> H
         raise HTTPError(501, "this method is not known here")
     if fields is None:
         fields = parse_fields(pairs, old)
-        if not old:
-            sections.keep(block, fields)
     if host:                                                # RFC 9112, 3.2.2: the target's host counts
         fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": host}))
     if "%" in path:
         path = unquote(path)
     root, slash, rest = path[1:].partition("/") if path != "*" else ("*", "", "")
-    version = "HTTP/1.0" if old else "HTTP/1.1"
-    return tuple.__new__(Head, (method, target, version, path, query or "", root, slash + rest,
-                                scheme, fields.length, fields.connection, fields))      # half the price of Head(...)
+    waits = fields.length != 0 or fields.expect is not None
+    return tuple.__new__(Head, (method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query or "", root,
+                                slash + rest, scheme, fields.connection, fields, waits))   # half the price of Head()
 
 
 def parse_target(method: str, target: str, version: str) -> tuple[str, str, str, str]:
@@ -642,8 +640,6 @@ def parse_target(method: str, target: str, version: str) -> tuple[str, str, str,
 
 def check_host(text: str) -> None:
     """The grammar of `host[:port]` (RFC 9110, 7.2). The host is not empty."""
-    if PLAIN_HOST.fullmatch(text):
-        return
     match = HOST.fullmatch(text)
     require(match and int(match[2] or 0) <= 65535, 400, "the host is not host[:port]")
     if match[1]:
@@ -658,17 +654,18 @@ def parse_fields(pairs: list[tuple[str, str]], old: bool) -> Fields:
     headers, twice = dict(pairs), ()
     if len(headers) < len(pairs):
         headers, twice = join_fields(pairs)
-    if "host" in headers and "host" not in twice:
-        check_host(headers["host"])
-    else:
+    if "host" not in headers or "host" in twice:
         require(old and "host" not in twice, 400, "HTTP/1.1 wants the Host field, once")
+    elif not PLAIN_HOST.fullmatch(headers["host"]):
+        check_host(headers["host"])
     framed = "content-length" in headers or "transfer-encoding" in headers
     length = content_length(headers, twice, old) if framed else 0
     options = re.split("[ \t]*,[ \t]*", headers["connection"].lower()) if "connection" in headers else ()
     kept = "close" not in options and ("keep-alive" in options or not old)
     expect = headers["expect"].lower() if "expect" in headers and not old else None
     form = "content-type" in headers and media_type(headers["content-type"]) in FORM_TYPES
-    return Fields(MappingProxyType(headers), length, CLOSED if not kept else KEPT_1_0 if old else KEPT, expect, form)
+    connection = CLOSED if not kept else KEPT_1_0 if old else KEPT
+    return tuple.__new__(Fields, (MappingProxyType(headers), length, connection, expect, form))
 
 
 def join_fields(pairs: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
@@ -865,8 +862,9 @@ class FieldLines(dict):
         self.size = self.room = size            # bytes, and those left
 
     def __missing__(self, line: bytes) -> tuple[str, str]:
-        require(FIELD_LINE.fullmatch(line), 400, "malformed header field")
-        name, value = line.decode("latin-1").split(":", 1)
+        if FIELD_LINE.fullmatch(line) is None:
+            raise HTTPError(400, "malformed header field")
+        name, _, value = line.decode("latin-1").partition(":")
         pair = name.lower(), value.strip(" \t")
         cost = 3 * len(line) + 300
         if cost < self.size // 8:               # a long one would push out too many
@@ -893,10 +891,11 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class Connection:
     """One socket and what is under way on it. `state` is the function that runs next: True to go on, False to wait.
 
-        idle ──> receive_head ──> next_request ──> (answer) ──> flush ──> idle
-                                     │    ^ pipelined             ├─────> next_request     more has been received
-                                     v                            ├─────> shut > linger    what came was refused
-                              receive_content ──> (answer)        └─────> close
+        idle ──> serve ──────> flush ──> idle
+                 │ ^ ^ pipelined  ├────> serve            more has been received
+                 v │ └────────────┤
+        receive_head              ├────> shut > linger    what came was refused
+        receive_content           └────> close
 
     A state may be run again from its start: nothing is changed before the recv() or send() that may block.
     """
@@ -945,21 +944,20 @@ class Connection:
             self.server.watch(self)
 
     def idle(self) -> bool:
-        """Nothing of a request is here yet. A lone one whose head has been seen before takes the short way."""
+        """Nothing of a request is here yet. If all that comes is a head that has been seen before, it is not parsed."""
         data = self.sock.recv(RECEIVE_SIZE)
         head = self.server.heads.get(data)
-        if head is not None and not head.length:
-            return self.answer(head, b"")
-        if not data:
-            return self.close()
-        self.received = data
-        return self.next_request()
+        if head is None:
+            if not data:
+                return self.close()
+            self.received = data
+        return self.serve(head)
 
     def receive_head(self) -> bool:
         """The beginning of a head is here."""
         data = self.receive()
         self.received += data
-        return self.next_request() if data else self.close()
+        return self.serve() if data else self.close()
 
     def receive(self) -> bytes:
         """More of a request."""
@@ -968,43 +966,90 @@ class Connection:
             raise HTTPError(400, "the connection ended inside a request")
         return data
 
-    def next_request(self) -> bool:
-        """Take the next request out of what has been received, if its head is whole."""
+    def serve(self, head: Optional[Head] = None, request: Optional[Request] = None) -> bool:
+        """The hot path: answer what has been received, request by request. Answers to pipelined ones leave together.
+
+        `head`: of the first of them; `request`: the first of them, whose content has come.
+        """
+        page = self.server.page
+        while True:
+            if request is None:
+                head = head or self.next_head()
+                if head is None:
+                    return self.wait_in(Connection.receive_head)
+                body = self.begin_content(head) if head.waits else b""
+                if body is None:
+                    return self.state is Connection.flush
+                request = Request(self, head, body)
+            connection = head.connection
+            page._end, page._fields = HEADROOM, ()
+            try:
+                root = roots.get(head.root) or roots.get("")
+                handler = root and root.handlers.get(head.method)
+                if handler is None or pending_inits:
+                    root, handler = find_root(head)
+                request._root = root
+                page._content_type = root.content_type
+                status = handler(request, page)
+                if status != 200:
+                    status = checked_status(status, page)
+            except Exception as error:
+                status = self.write_error(error, head)
+                if status == 400:
+                    connection = CLOSED
+            self.respond(status, connection, head.method != "HEAD")
+            if self.then is not Connection.serve or len(self.out) > RECEIVE_SIZE:
+                return True
+            head = request = None
+
+    def next_head(self) -> Optional[Head]:
+        """Take the next head out of what has been received; None: it is not whole."""
         data, server = self.received, self.server
+        fresh = self.state is Connection.idle and len(data) <= server.params.max_header_size
+        if fresh:       # if this is one head with a header section that has been seen before, its end is known
+            line, _, block = data.partition(b"\r\n")
+            fields = server.sections[block]
+            if fields is not None:
+                self.received = b""
+                return server.admit(data, line, block, fields)
         start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
         end = data.find(b"\r\n\r\n", self.checked - 2 if self.checked else start) + 4
         if end < 4 or end - start > server.params.max_header_size:
             self.checked = check_begin(data, self.checked, server.params.max_header_size)
-            return self.wait_in(Connection.receive_head)
+            return None
         raw = data[start:end]
-        head = server.heads.get(raw) or server.admit(raw)
+        head = server.heads.get(raw)
+        if head is None:
+            if not fresh or len(raw) < len(data):
+                line, _, block = raw.partition(b"\r\n")
+                fields = server.sections[block]
+            head = server.admit(raw, line, block, fields)
         self.received = data[end:]
         self.checked = 0
-        if head.length or head.fields.expect is not None:
-            return self.begin_content(head)
-        return self.answer(head, b"")
+        return head
 
-    def begin_content(self, head: Head) -> bool:
-        """Refuse the content before it is read, or have it read; a short one always, to keep the connection."""
-        server, expect = self.server, head.fields.expect
+    def begin_content(self, head: Head) -> Optional[bytes]:
+        """The content, if it is here; None: it is on its way. HTTPError refuses it before it is read; a short one is
+        read in any case, to keep the connection."""
+        server, length, expect = self.server, head.fields.length, head.fields.expect
         limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
-        if expect is None and 0 < head.length <= min(limit, len(self.received)):
-            body, self.received = self.received[:head.length], self.received[head.length:]
-            return self.answer(head, body)                  # all of it has come with the head
+        if expect is None and 0 < length <= min(limit, len(self.received)):
+            body, self.received = self.received[:length], self.received[length:]
+            return body
         self.head = head
         try:
             find_root(head)
             wanted = expect is not None
         except HTTPError:
-            if head.length and (expect is not None or not 0 < head.length <= limit):
+            if length and (expect is not None or not 0 < length <= limit):
                 raise
             wanted = False
         if wanted and expect != "100-continue":
             raise HTTPError(417, "no expectation but 100-continue is understood")
-        content = decode_content(head.length, limit, server.params.max_header_size)
-        if not head.length:
+        content = decode_content(length, limit, server.params.max_header_size)
+        if not length:
             self.head = None
-            return self.answer(head, b"")
+            return b""
         next(content)
         self.content = content
         if wanted and not self.received:                    # RFC 9110, 10.1.1
@@ -1014,22 +1059,23 @@ class Connection:
 
     def receive_content(self) -> bool:
         """The content is on its way."""
-        return self.take_content(self.receive())
+        head, body = self.head, self.take_content(self.receive())
+        return self.state is Connection.flush if body is None else self.serve(head, Request(self, head, body))
 
-    def take_content(self, data: bytes) -> bool:
-        """Answer the request if its content is whole with this; a second more for every 500 bytes that have come."""
+    def take_content(self, data: bytes) -> Optional[bytes]:
+        """The content if it is whole with this; None: more is to come. A second more for every 500 bytes."""
         server = self.server
         try:
             self.received = b""
             self.kept = self.content.send(data)
-            waiting = self.wait_in(Connection.receive_content)
+            self.wait_in(Connection.receive_content)
             longest = max(server.conn_timeout, server.params.request_timeout)
             self.deadline = min(self.deadline + len(data) / 500, server.now + longest)
-            return waiting
+            return None
         except StopIteration as end:
             body, self.received = end.value
-        head, self.head, self.content, self.kept = self.head, None, None, 0
-        return self.answer(head, body)
+        self.head, self.content, self.kept = None, None, 0
+        return body
 
     def wait_in(self, state: Callable[[Connection], bool]) -> bool:
         """Wait for more of a request, but first send the answers to those before it."""
@@ -1042,28 +1088,8 @@ class Connection:
         self.state = state
         return False
 
-    def answer(self, head: Head, body: bytes) -> bool:
-        """Run the access handler, and have sent what it has written."""
-        page, connection = self.server.page, head.connection
-        page.clear()
-        try:
-            root = roots.get(head.root) or roots.get("")
-            handler = root and root.handlers.get(head.method)
-            if handler is None or pending_inits:
-                root, handler = find_root(head)
-            page._content_type = root.content_type
-            status = handler(Request(self, head, root, body), page)
-            if status != 200:
-                status = checked_status(status, page)
-        except Exception as error:
-            status = self.write_error(error, head)
-            if status == 400:
-                connection = CLOSED
-        self.respond(status, connection, head.method != "HEAD")
-        return True
-
     def respond(self, status: int, connection: str, with_content: bool) -> None:
-        """Put the head before the content. The answers to pipelined requests are gathered, to leave together."""
+        """Put the head before the content. The answers to pipelined requests are gathered."""
         server, page = self.server, self.server.page
         end = page._end
         if server.stopping:
@@ -1084,15 +1110,10 @@ class Connection:
             self.out = page._view[start:end]
         server.requests += 1
         self.state = Connection.flush
+        self.then = Connection.serve if self.received else Connection.idle
         if connection is CLOSED:                            # RFC 9112, 9.6: what follows is not processed
             self.then = Connection.shut if self.received or len(self.out) > RECEIVE_SIZE else Connection.close
             self.received = b""
-        elif not self.received:
-            self.then = Connection.idle
-        else:
-            self.then = Connection.next_request
-            if len(self.out) < RECEIVE_SIZE:
-                self.state = Connection.next_request
 
     def write_error(self, error: Exception, head: Optional[Head]) -> int:
         """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""
@@ -1483,15 +1504,19 @@ class Server:
         servers.discard(self)
         self._ended.set()
 
-    def admit(self, raw: bytes) -> Head:
-        """Parse a head that has not been seen lately; remember it when it has passed what can be checked for good."""
+    def admit(self, raw: bytes, line: bytes, block: bytes, fields: Optional[Fields]) -> Head:
+        """A head that has not been seen lately, in two parts; `fields` if the second has been. It is remembered, by and
+        by, when it has passed what can be checked for good."""
         if raw in self.heads.old:
             return self.heads[raw]
-        head = parse_head(raw, self.sections, self.lines, known_methods)
+        head = parse_head(line, block, fields, self.lines, known_methods)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
         if head.fields.expect is None:
-            self.heads.keep(raw, head)
+            if fields is None and head.version != "HTTP/1.0":
+                self.sections.keep(block, head.fields)
+            else:
+                self.heads.keep(raw, head)
         return head
 
     def response_head(self, status: int, content_type: str, size: int, connection: str) -> bytes:
@@ -1530,10 +1555,19 @@ class Server:
 
 mi_commands: dict[str, Callable] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-decode_json = json.JSONDecoder(parse_constant=int).decode   # NaN and Infinity are no JSON: int() raises ValueError
+json_decoder = json.JSONDecoder(parse_constant=int)         # NaN and Infinity are no JSON: int() raises ValueError
 _INT = "-?(0|[1-9][0-9]{0,17})"
 NUMBERS = {**dict.fromkeys((int, "int"), _INT), **dict.fromkeys((float, "float"), _INT + "([.][0-9]{1,17})?")}
 STARTED = time.time()
+
+
+def decode_json(text: str) -> Any:
+    """One value and nothing else; ValueError. Most clients send no blanks around it: that is half the price."""
+    if text[:1] == "{" and text[-1:] == "}":
+        value, end = json_decoder.raw_decode(text)
+        if end == len(text):
+            return value
+    return json_decoder.decode(text)
 
 
 def register_mi(name: str, function: Callable) -> None:
@@ -1590,36 +1624,41 @@ def call_mi(call: Any) -> Optional[str]:
         except TypeError as error:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
-        answer = encode_json({"jsonrpc": "2.0", "result": command(), "id": ident})
+        member, value = "result", encode_json(command())
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
             error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
         told = {"code": error.status, "message": error.reason}
-        answer = encode_json({"jsonrpc": "2.0", "error": {**told, "data": data} if data else told, "id": ident})
-    return answer if "id" in call else None
+        member, value = "error", encode_json({**told, "data": data} if data else told)
+    if "id" not in call:
+        return None
+    return '{"jsonrpc":"2.0","%s":%s,"id":%s}' % (member, value, ident if type(ident) is int else encode_json(ident))
 
 
 def answer_mi(request: Request, page: Page) -> int:
     """JSON-RPC errors travel on 200. Content-Type and Origin keep foreign web pages from posting commands."""
-    if not request.headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
+    headers = request.headers
+    if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
         raise HTTPError(415, "the Content-Type must be application/json")
-    own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
-    if "origin" in request.headers and request.headers["origin"].lower() != own.lower():
-        raise HTTPError(403, "pages of another origin may not send commands")
+    if "origin" in headers:
+        own = "%s://%s" % (request.scheme, headers.get("host", ""))
+        if headers["origin"].lower() != own.lower():
+            raise HTTPError(403, "pages of another origin may not send commands")
     try:
         calls = decode_json(request.body.decode())
     except (ValueError, RecursionError):
         page.write('{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}')
         return 200
     batch = isinstance(calls, list) and calls != []
-    answers = [answer for answer in map(call_mi, calls if batch else [calls]) if answer is not None]
+    answers = [answer for answer in map(call_mi, calls) if answer is not None] if batch else [call_mi(calls) or ""]
+    answer = ",".join(answers)
     try:
-        page.write("[%s]" % ",".join(answers) if batch and answers else "".join(answers))
+        page.write("[%s]" % answer if batch and answers else answer)
     except BufferError as error:
         told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
         page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
-    return 200 if answers else 202
+    return 200 if answer else 202
 
 
 def mi_http(params: dict[str, Any]) -> None:

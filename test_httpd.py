@@ -6,13 +6,16 @@ import gc
 import http.client
 import io
 import json
+import logging
 import os
 import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -209,8 +212,9 @@ def test_keywords_come_before_modparam():
 
 
 @pytest.mark.parametrize("values, message", [
-    (dict(tls_cert_file="/x"), "tls"),
-    (dict(tls_key_file="/x"), "tls"),
+    (dict(tls_cert_file="/x"), "tls_cert_file is set without tls_key_file: HTTPS wants both"),
+    (dict(tls_key_file="/x"), "tls_key_file is set without tls_cert_file: HTTPS wants both"),
+    (dict(tls_ca_file="/x"), "tls_ca_file is set without tls_cert_file and tls_key_file"),
     (dict(post_buf_size=10 ** 7), r"memory_budget 4194304 has no room .* at least 20032772"),
     (dict(buf_size=10 ** 7), "memory_budget .* at least"),
 ])
@@ -1539,6 +1543,678 @@ def test_what_a_request_costs(server, raw, count, calls, why):
                 own, system = [], []
         assert client.recv(65536).count(b"HTTP/1.1 200 OK") == count
     assert sorted(system) == ["poll", "recv", "send"] and len(own) <= calls, (len(own), own, system)
+
+
+# ----------------------------------------------------------------------------------------------------------------- TLS
+
+SUFFIXES = {"G": "AES256-GCM-SHA384", "g": "AES128-GCM-SHA256", "P": "CHACHA20-POLY1305", "C": "AES256-CCM", "c": "AES128-CCM", "S": "AES256-SHA", "s": "AES128-SHA",
+            "8": "AES256-CCM8", "3": "AES256-SHA384", "2": "AES256-SHA256", "1": "AES128-SHA256"}
+SUITES13 = {"G": "TLS_AES_256_GCM_SHA384", "P": "TLS_CHACHA20_POLY1305_SHA256", "g": "TLS_AES_128_GCM_SHA256"}
+EXCHANGES = {"E": "ECDHE-ECDSA-", "R": "ECDHE-RSA-", "-": ""}
+STRONG, ALL = "384 521 8192", "256 384 521 X25519 X448 2048 3072 4096 6144 8192"
+MIXED = "384 521 8192 256 X25519 X448 2048 3072 4096 6144"
+NORMAL, SECURE128 = "E:GPCSgcs R:GPSgs -:GCSgcs", "E:GPSCgsc R:GPSgs -:GSCgsc"
+NOTHING, OPENSSL = "leaves nothing of TLS 1.2 and 1.3", "if it is OpenSSL's language, write it in GnuTLS', for example NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"
+
+# What GnuTLS 3.7.9 makes of them (gnutls-cli -l --priority), less TLS 1.1, 1.0, DHE and the CCM of TLS 1.3: versions, suites of TLS 1.2 and of 1.3, groups; or the error.
+PRIORITY_ROWS = [
+    ("SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "2", "E:GPC R:GP -:GC", "", STRONG),
+    ("SECURE256:-VERS-TLS-ALL:+VERS-TLS1.2", "2", "E:GPC R:GP -:GC", "", STRONG),
+    ("SECURE256:+SECURE128", "23", SECURE128, "GPg", MIXED),
+    ("SECURE256:+SECURE128:-VERS-TLS-ALL:+VERS-TLS1.2", "2", SECURE128, "", MIXED),
+    ("SECURE128:-VERS-SSL3.0:-VERS-TLS1.0:-VERS-TLS1.1:-VERS-DTLS-ALL:-CIPHER-ALL:-MAC-ALL:-KX-ALL:+AEAD:+ECDHE-ECDSA:+ECDHE-RSA:+AES-128-GCM:+CHACHA20-POLY1305"
+     ":+AES-256-GCM", "23", "E:gPG R:gPG", "gPG", ALL),
+    ("NONE:+SECURE256:-VERS-ALL:+VERS-TLS1.2:+VERS-TLS1.3", "23", "E:GPC R:GP -:GC", "GP", STRONG),
+    ("NONE:+VERS-TLS1.0:+AES-128-CBC:+SHA1:+RSA:+COMP-NULL", NOTHING),
+    ("NONE:+VERS-TLS1.3:+AES-128-GCM:+AEAD:+SIGN-ALL", NOTHING),
+    ("NORMAL", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:+VERS-TLS1.2:+CTYPE-X509:+SIGN-ALL:+COMP-NULL", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:-VERS-TLS-ALL:+VERS-TLS1.2", "2", NORMAL, "", ALL),
+    ("NORMAL:-VERS-TLS-ALL:+VERS-TLS1.3", "3", "", "GPg", ALL),
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.2:+VERS-TLS1.3", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:%SERVER_PRECEDENCE:%COMPAT:-RSA:-VERS-ALL:+VERS-TLS1.2:-ARCFOUR-128", "2", "E:GPCSgcs R:GPSgs", "", ALL),
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.0:+VERS-TLS1.3", NOTHING),
+    ("NORMAL:-VERS-TLS1.2", NOTHING),
+    ("NORMAL:-KX-ALL:+RSA", "23", "-:GCSgcs", "GPg", ALL),
+    ("NORMAL:-AES-128-GCM:-AES-128-CCM:-AES-128-CBC:-VERS-ALL:+VERS-TLS1.3", "3", "", "GP", ALL),
+    ("NORMAL:-SHA1", "23", "E:GPCgc R:GPg -:GCgc", "GPg", ALL),
+    ("NORMAL:-CTYPE-ALL:+CTYPE-X509", "23", NORMAL, "GPg", ALL),
+    ("PERFORMANCE", "23", "-:gGcCsS E:gGPcCsS R:gGPsS", "gGP", ALL),
+    ("PFS", "23", "E:GPCSgcs R:GPSgs", "GPg", ALL),
+    ("PFS:%SERVER_PRECEDENCE", "23", "E:GPCSgcs R:GPSgs", "GPg", ALL),
+    ("SECURE128", "23", SECURE128, "GPg", ALL),
+    ("SECURE128:+SECURE256:+NORMAL", "23", SECURE128, "GPg", ALL),
+    ("SUITEB128", "2", "E:Gg", "", "256 384"),
+    ("LEGACY", "23", NORMAL, "GPg", ALL),
+    ("normal:-vers-tls1.0", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:", 'tls_ciphers item 2, "": is empty'),
+    ("NORMAL::-VERS-TLS1.0", 'tls_ciphers item 2, "": is empty'),
+    (" NORMAL", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:+BOGUS", 'tls_ciphers item 2, "+BOGUS": is unknown'),
+    ("NORMAL:-CIPHER-BOGUS", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:-VERS-SSL2.0", 'tls_ciphers item 2, "-VERS-SSL2.0": is unknown, did you mean "VERS-TLS1.0"?'),
+    ("NORMAL:+VERS-SSL3.0", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:%PROFILE_MEDIUM", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:%NO_TICKETS", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:%UNSAFE_RENEGOTIATION", "23", NORMAL, "GPg", ALL),
+    ("NORMAL:%FORCE_SESSION_HASH", 'tls_ciphers item 2, "%FORCE_SESSION_HASH": is unknown'),
+    ("ECDHE-RSA-AES256-GCM-SHA384", OPENSSL),
+    ("HIGH:!aNULL:!MD5", 'tls_ciphers item 1, "HIGH": is unknown; ' + OPENSSL),
+    ("TLSv1.2", OPENSSL),
+    ("DEFAULT", OPENSSL),
+    ("AES256-SHA", OPENSSL),
+    # More of the grammar; each was compared with gnutls-cli, too.
+    ("NONE:-KX-ALL:NORMAL:+VERS-TLS1.2", "2", NORMAL, "", ALL),                         # after NONE, a bare level adds
+    ("+AES-128-CBC:SUITEB192", "2", "E:G", "", "384"),                                  # the first bare level replaces
+    ("+SUITEB192:NORMAL:-VERS-TLS1.3", "2", NORMAL, "", ALL),                           # also what a level with a sign had
+    ("SUITEB192:NORMAL", "2", NORMAL, "", "384 256 521 X25519 X448 2048 3072 4096 6144 8192"),         # a later one adds
+    ("SUITEB192:+AES-256-CCM-8:+AES-256-CBC:+SHA384:+SHA256:+RSA", "2", "E:G83 -:G82", "", "384"),
+    ("SUITEB192: +AES-128-CBC: +SHA256", "2", "E:G1", "", "384"),                       # blanks after a colon
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.2:-GROUP-ALL:+GROUP-DH-ALL", "2", "-:GCSgcs", "", "2048 3072 4096 6144 8192"),       # no ECDHE without a curve
+    ("NORMAL:-GROUP-ALL", "2", "-:GCSgcs", "", ""),                                     # no TLS 1.3 without a group
+    ("NORMAL:-CURVE-ALL:+CURVE-X25519", "23", NORMAL, "GPg", "X25519"),
+    ("NORMAL:-GROUP-EC-ALL:+GROUP-SECP521R1:!GROUP-DH-ALL", "23", NORMAL, "GPg", "521"),
+    ("NORMAL:-KX-ALL", "3", "", "GPg", ALL),
+    ("NORMAL:-MAC-ALL:+SHA1", "2", "E:Ss R:Ss -:Ss", "", ALL),                          # TLS 1.3 is AEAD only
+    ("NORMAL:%NO_EXTENSIONS", "2", NORMAL, "", ALL),
+    ("SECURE256:+SECURE192:+PFS:-SHA1", "23", "E:GPCgc R:GPg -:GCgc", "GPg", MIXED),
+    ("", 'tls_ciphers item 1, "": is empty'),
+    ("NORMAL :-RSA", 'item 1, "NORMAL ": is unknown, did you mean "NORMAL"?'),          # but blanks before it are part of the word
+    ("NORMAL:-NORMAL", 'item 2, "-NORMAL": is unknown'),
+    ("NORMAL:NONE", 'item 2, "NONE": needs + or -, or to be first'),
+    ("NORMAL:+NONE", 'item 2, "+NONE": is unknown'),
+    ("NORML", 'item 1, "NORML": is unknown, did you mean "NORMAL"?'),
+    ("NORMAL:RSA", 'item 2, "RSA": needs + or -'),
+    ("NORMAL:+ECDHE", 'item 2, "+ECDHE": is unknown'),
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.4", 'item 3, "+VERS-TLS1.4": is unknown, did you mean "VERS-TLS1.3"?'),
+    ("NORMAL:-VERS-ALLX", 'item 2, "-VERS-ALLX": is unknown, did you mean "VERS-ALL"?'),        # GnuTLS compares but the beginning
+    ("NORMAL:%server_precedence", 'item 2, "%server_precedence": is unknown'),
+    ("NORMAL:%PROFILE_HIGH", 'item 2, "%PROFILE_HIGH": is unknown, or cannot be enforced'),
+    ("NORMAL:%FORCE_ETM", "cannot be enforced with Python's ssl: leave it out"),
+    ("@SYSTEM", 'item 1, "@SYSTEM": there is no system priority file here'),
+    ("@SECLEVEL=2", OPENSSL), ("ALL", OPENSSL), ("kEECDH", OPENSSL), ("TLS_AES_256_GCM_SHA384", OPENSSL), ("EECDH+AESGCM", OPENSSL),
+    ("NORMAL:!aNULL", 'item 2, "!aNULL": is unknown; ' + OPENSSL),
+    ("NORMAL:@SECLEVEL=0", 'item 2, "@SECLEVEL=0": is unknown; ' + OPENSSL),
+    *[("NORMAL:+" + word, 'item 2, "+%s": is refused' % word) for word in
+      "NULL ANON-DH ANON-ECDH PSK DHE-PSK ECDHE-PSK RSA-PSK SRP SRP-RSA SRP-DSS RSA-EXPORT ARCFOUR-40".split()],
+    *[("NORMAL:-" + word, "23", NORMAL, "GPg", ALL) for word in "NULL ANON-DH PSK SRP RSA-EXPORT ARCFOUR-128 3DES-CBC MD5 VERS-SSL3.0 SIGN-RSA-MD5".split()],
+    ("NORMAL:-VERS-ALL:+VERS-DTLS1.2", NOTHING),
+    ("NORMAL:-VERS-TLS1.3:-KX-ALL:+DHE-RSA", NOTHING),
+    ("NORMAL:-CIPHER-ALL:+CAMELLIA-128-GCM", NOTHING),
+    ("NORMAL:-SIGN-ALL", NOTHING),
+    ("NORMAL:-AES-256-GCM", "cannot offer only TLS_CHACHA20_POLY1305_SHA256 and TLS_AES_128_GCM_SHA256 for TLS 1.3: enable"),
+    ("NORMAL:-CHACHA20-POLY1305", "cannot offer only TLS_AES_256_GCM_SHA384 and TLS_AES_128_GCM_SHA256 for TLS 1.3"),
+    ("SECURE128:-CIPHER-ALL:+AES-128-GCM", "cannot offer only TLS_AES_128_GCM_SHA256 for TLS 1.3"),
+    ("SECURE128:-CIPHER-ALL:+AES-256-GCM", "23", "E:G R:G -:G", "G", ALL),
+]
+ACCEPTED = [row for row in PRIORITY_ROWS if len(row) == 5]
+
+
+def expected_plan(versions, suites, suites13, groups):
+    parts = [part.split(":") for part in suites.split()]
+    return (tuple("TLSv1." + v for v in versions), tuple(EXCHANGES[exchange] + SUFFIXES[letter] for exchange, letters in parts for letter in letters),
+            tuple(SUITES13[letter] for letter in suites13), tuple("SECP%sR1" % g if len(g) == 3 else g if g[0] == "X" else "FFDHE" + g for g in groups.split()))
+
+
+@pytest.mark.parametrize("text, expected", [(row[0], row[1:]) for row in PRIORITY_ROWS], ids=[repr(row[0])[:70] for row in PRIORITY_ROWS])
+def test_priority(text, expected):
+    if len(expected) == 1:
+        with pytest.raises(httpd.ConfigError, match=re.escape(expected[0])):
+            httpd.tls_priority(text)
+    else:
+        assert httpd.tls_priority(text)[:4] == expected_plan(*expected)
+
+
+ONE_GROUP = "groups: before Python 3.15, which can set several, only "
+SIGNATURES = "signatures: as OpenSSL likes, Python's ssl cannot restrict them"
+PLAN_ROWS = [
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2", False, True, [], "the recommended string loses nothing"),
+    ("SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", False, True, [SIGNATURES, ONE_GROUP + "SECP384R1"], "OpenSIPS' default"),
+    ("NORMAL", False, True, ["TLS1.1: skipped, too old or no suite left", "TLS1.0: skipped, too old or no suite left"], "old protocols"),
+    ("SECURE128:-VERS-TLS1.1:-VERS-TLS1.0:%SERVER_PRECEDENCE", True, True, [], "server preference"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.3:-AES-128-GCM", True, True, [], "two of three TLS 1.3 suites need server preference"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:%NO_TICKETS", False, False, [], "no tickets"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:%NO_TICKETS_TLS12", False, False, [], "no tickets for TLS 1.2: none at all"),
+    ("PFS:-VERS-ALL:+VERS-TLS1.2", False, False, [], "forward secrecy: no tickets"),
+    ("SECURE128:+PFS:-VERS-ALL:+VERS-TLS1.2", False, False, [], "wherever it stands"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:-CIPHER-AES-128-CBC", False, True,
+     ['item 4, "-CIPHER-AES-128-CBC": ignored, as by GnuTLS, did you mean "AES-128-CBC"?'], "an ignored family"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:+3DES-CBC:+ARCFOUR-128:-MD5", False, True,
+     ['item %d, "+%s": skipped, Python\'s ssl has nothing of the kind' % item for item in ((4, "3DES-CBC"), (5, "ARCFOUR-128"))], "skipped ciphers"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:-SIGN-RSA-SHA1", False, True, [SIGNATURES], "signatures"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.2:-GROUP-DH-ALL", False, True, [], "FFDHE is no matter in TLS 1.2"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.3:-GROUP-DH-ALL", False, True, [ONE_GROUP + "SECP256R1"], "but in TLS 1.3, where OpenSSL's default has it"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:-GROUP-EC-ALL", False, True, ["TLS1.3: skipped, too old or no suite left"], "FFDHE alone"),
+]
+
+
+@pytest.mark.parametrize("text, preference, tickets, notes, why", PLAN_ROWS, ids=[row[4] for row in PLAN_ROWS])
+def test_plan(text, preference, tickets, notes, why):
+    plan = httpd.tls_priority(text)
+    assert (plan.server_preference, plan.tickets, list(plan.notes)) == (preference, tickets, notes)
+
+
+def test_mutated_priority_strings():
+    """A plan or ConfigError, whatever the text, in time that grows with its length."""
+    chance = random.Random(7)
+    for _ in range(3000):
+        text = list(chance.choice(PRIORITY_ROWS)[0] + ":" + chance.choice(PRIORITY_ROWS)[0])
+        for _ in range(chance.randrange(1, 6)):
+            place = chance.randrange(len(text) + 1)
+            text[place:place + chance.randrange(3)] = chance.choice([":", "+", "-", "!", "%", "@", " ", "\n", "\0", "A", "\u017f", "\u00df", "ALL", "::", ""])
+        try:
+            plan = httpd.tls_priority("".join(text))
+        except httpd.ConfigError as error:
+            assert str(error).startswith("tls_ciphers")
+        else:
+            assert plan.versions and (plan.ciphers or plan.suites13)
+
+
+def test_ssl_is_not_imported():
+    """Plain HTTP does not pay for it, nor does reading a priority string."""
+    code = "import sys, %s as httpd; httpd.tls_priority('NORMAL'); sys.exit('ssl' in sys.modules)" % httpd.__name__
+    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(httpd.__file__)).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    """A directory of certificates and keys, made by the openssl command."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl command")
+    here = tmp_path_factory.mktemp("pki")
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+    for name, kind in ("rsa", ["rsa:2048"]), ("other", ["rsa:2048"]), ("weak", ["rsa:1024"]), ("ec", ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"]), ("ca", ["rsa:2048"]):
+        openssl("req", "-x509", "-newkey", *kind, "-nodes", "-keyout", name + ".key", "-out", name + ".pem", "-subj", "/CN=" + name, "-days", "2")
+        openssl("req", "-new", "-key", name + ".key", "-out", name + ".csr", "-subj", "/CN=" + name)
+    openssl("x509", "-req", "-in", "ec.csr", "-signkey", "ec.key", "-days", "-1", "-out", "expired.pem")
+    openssl("x509", "-req", "-in", "other.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-out", "client.pem")
+    openssl("pkey", "-in", "rsa.key", "-aes128", "-passout", "pass:secret", "-out", "encrypted.key")
+    openssl("rsa", "-in", "rsa.key", "-aes128", "-passout", "pass:secret", "-traditional", "-out", "traditional.key")
+    openssl("x509", "-in", "rsa.pem", "-outform", "der", "-out", "der.pem")
+    (here / "both.pem").write_bytes((here / "rsa.pem").read_bytes() + (here / "rsa.key").read_bytes())
+    (here / "chain.pem").write_bytes((here / "client.pem").read_bytes() + (here / "ca.pem").read_bytes())
+    (here / "cut.pem").write_bytes((here / "rsa.pem").read_bytes()[:500])
+    (here / "empty.pem").write_bytes(b"")
+    for path in here.iterdir():
+        path.chmod(0o600)
+    shutil.copy(here / "rsa.key", here / "open.key")
+    (here / "open.key").chmod(0o644)
+    return here
+
+
+def context_of(pki, text, cert, key="", ca=""):
+    name = cert.partition(".")[0]
+    return httpd.tls_context(httpd.tls_priority(text), str(pki / cert), str(pki / (key or name + ".key")), ca and str(pki / ca))
+
+
+BOTH, OLD = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2"
+FILE_ROWS = [
+    (BOTH, "rsa.pem", "rsa.key", "", "", "", "RSA"),
+    (BOTH, "ec.pem", "ec.key", "", "", "", "ECDSA"),
+    (OLD, "ec.pem", "ec.key", "", "", "", "ECDSA of P-256, though the group is P-384"),
+    (BOTH, "chain.pem", "other.key", "", "", "", "a chain"),
+    (BOTH, "both.pem", "both.pem", "", "", "", "certificate and key in one file"),
+    (BOTH, "rsa.pem", "rsa.key", "ca.pem", "", "", "client certificates"),
+    (BOTH, "rsa.pem", "open.key", "", "", "tls_key_file: {}/open.key can be read by everybody: chmod o-r", "a key that everybody can read"),
+    (BOTH, "expired.pem", "ec.key", "", "", "tls_cert_file: {}/expired.pem: clients will refuse it: certificate has expired", "an expired certificate"),
+    (BOTH, "none.pem", "rsa.key", "", "tls_cert_file: {}/none.pem cannot be read: [Errno 2] No such file or directory", "", "no certificate"),
+    (BOTH, "rsa.pem", "none.key", "", "tls_key_file: {}/none.key cannot be read: [Errno 2] No such file or directory", "", "no key"),
+    (BOTH, "", "rsa.key", "", "tls_cert_file: {} cannot be read: [Errno 21] Is a directory", "", "a directory"),
+    (BOTH, "rsa.pem", "a\0b", "", "tls_key_file: {}/a\0b cannot be read: embedded null byte", "", "a name that no file has"),
+    (BOTH, "der.pem", "rsa.key", "", "tls_cert_file: {}/der.pem has no BEGIN CERTIFICATE: is it the right file, in PEM?", "", "DER"),
+    (BOTH, "rsa.pem", "rsa.pem", "", "tls_key_file: {}/rsa.pem has no BEGIN PRIVATE KEY: is it the right file, in PEM?", "", "a certificate as key"),
+    (BOTH, "rsa.key", "rsa.key", "", "tls_cert_file: {}/rsa.key has no BEGIN CERTIFICATE", "", "a key as certificate"),
+    (BOTH, "rsa.pem", "encrypted.key", "", "tls_key_file: {}/encrypted.key is encrypted: remove the password with `openssl pkey`", "", "an encrypted key"),
+    (BOTH, "rsa.pem", "traditional.key", "", "tls_key_file: {}/traditional.key is encrypted", "", "encrypted the old way"),
+    (BOTH, "rsa.pem", "other.key", "", "tls_cert_file {0}/rsa.pem with tls_key_file {0}/other.key: the key does not belong to the certificate", "", "another's key"),
+    (BOTH, "rsa.pem", "ec.key", "", "the key does not belong to the certificate, it is of another type", "", "a key of another type"),
+    (BOTH, "cut.pem", "rsa.key", "", "tls_cert_file {0}/cut.pem with tls_key_file {0}/rsa.key: damaged? OpenSSL says", "", "half a certificate"),
+    (BOTH, "weak.pem", "weak.key", "", "the key is too weak: make one of RSA with 2048 bits", "", "1024 bits"),
+    ("SUITEB128", "rsa.pem", "rsa.key", "", "no client could connect: tls_ciphers has no suite for the certificate's type of key", "", "suites for ECDSA, key for RSA"),
+    ("NORMAL:-KX-ALL:+RSA:-VERS-TLS1.3", "ec.pem", "ec.key", "", "no client could connect", "", "suites for RSA, key for ECDSA"),
+    ("SUITEB128:+VERS-TLS1.3:+GROUP-ALL:+CIPHER-ALL", "rsa.pem", "rsa.key", "", "", "", "which TLS 1.3 does not mind"),
+    (BOTH, "rsa.pem", "rsa.key", "none.pem", "tls_ca_file: {}/none.pem cannot be read", "", "no CA"),
+    (BOTH, "rsa.pem", "rsa.key", "empty.pem", "tls_ca_file: {}/empty.pem has no BEGIN CERTIFICATE", "", "an empty CA file"),
+    (BOTH, "rsa.pem", "rsa.key", "cut.pem", "tls_ca_file {}/cut.pem: damaged? OpenSSL says", "", "half a CA"),
+]
+
+
+@pytest.mark.parametrize("text, cert, key, ca, error, warning, why", FILE_ROWS, ids=[row[6] for row in FILE_ROWS])
+def test_files(pki, caplog, text, cert, key, ca, error, warning, why):
+    caplog.set_level(logging.WARNING, "httpd")
+    if error:
+        with pytest.raises(httpd.ConfigError, match=re.escape(error.format(pki))) as caught:
+            context_of(pki, text, cert, key, ca)
+        assert "\n" not in str(caught.value)
+    else:
+        context = context_of(pki, text, cert, key, ca)
+        assert context.verify_mode == (ssl.CERT_REQUIRED if ca else ssl.CERT_NONE)
+    assert [record.getMessage() for record in caplog.records] == ([warning.format(pki)] if warning else [])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_key(pki, tmp_path):
+    shutil.copy(pki / "rsa.key", tmp_path / "shut.key")
+    (tmp_path / "shut.key").chmod(0)
+    with pytest.raises(httpd.ConfigError, match="cannot be read: .*Permission denied"):
+        httpd.tls_context(httpd.tls_priority(BOTH), str(pki / "rsa.pem"), str(tmp_path / "shut.key"))
+
+
+def test_certificate_not_yet_valid(pki, tmp_path, caplog):
+    (tmp_path / "index.txt").touch()
+    config = "[ca] default_ca=d [d] database=index.txt new_certs_dir=. rand_serial=yes default_md=sha256 policy=p [p] commonName=supplied"
+    (tmp_path / "ca.cnf").write_text(config.replace(" ", "\n"))
+    subprocess.run(["openssl", "ca", "-batch", "-notext", "-config", "ca.cnf", "-selfsign", "-keyfile", pki / "ec.key", "-in", pki / "ec.csr", "-out", "later.pem",
+                    "-startdate", "20900101000000Z", "-enddate", "20910101000000Z"], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    httpd.tls_context(httpd.tls_priority(BOTH), str(tmp_path / "later.pem"), str(pki / "ec.key"))
+    assert [record.getMessage() for record in caplog.records] == ["tls_cert_file: %s/later.pem: clients will refuse it: certificate is not yet valid" % tmp_path]
+
+
+def client_context(suite="ALL", version="", curve="", cert=None):
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    client.set_ciphers(suite + ":@SECLEVEL=0")
+    client.set_alpn_protocols(["h2", "http/1.1"])
+    if version:
+        client.minimum_version = client.maximum_version = ssl.TLSVersion[version.replace(".", "_")]
+    if curve:
+        client.set_ecdh_curve(curve)
+    if cert:
+        client.load_cert_chain(cert + ".pem", cert.replace("client", "other") + ".key")
+    return client
+
+
+def shake_hands(client, server, session=None):
+    """Both ends after a handshake in this process; None if it failed."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = client.wrap_bio(down, up, session=session), server.wrap_bio(up, down, server_side=True)
+    waiting = list(ends)
+    for _ in range(6):
+        for end in list(waiting):
+            try:
+                end.do_handshake()
+                waiting.remove(end)
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                return None
+    try:                                        # TLS 1.3: the client hears of tickets, and of its certificate's fate, by reading
+        ends[0].read(1)
+    except ssl.SSLWantReadError:
+        pass
+    return None if waiting else ends
+
+
+def hello13(suites):
+    """A ClientHello for TLS 1.3 that offers these suites; before Python 3.15, the client's context cannot choose them."""
+    up = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        client_context(version="TLSv1.3").wrap_bio(ssl.MemoryBIO(), up).do_handshake()
+    codes = {"G": b"\x13\x02", "P": b"\x13\x03", "g": b"\x13\x01"}
+    hello = up.read()
+    assert hello.count(b"\x13\x02\x13\x03\x13\x01") == 1
+    return hello.replace(b"\x13\x02\x13\x03\x13\x01", b"".join(codes[letter] for letter in (suites * 3)[:3]))
+
+
+def chosen13(server, suites):
+    """The suite of TLS 1.3 in the ServerHello (RFC 8446, 4.1.3) that answers such a ClientHello; "" for an alert."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    up.write(hello13(suites))
+    try:
+        server.wrap_bio(up, down, server_side=True).do_handshake()
+    except ssl.SSLWantReadError:
+        answer = down.read()
+        session_id_end = 44 + answer[43]
+        return {b"\x13\x02": "G", b"\x13\x03": "P", b"\x13\x01": "g"}[answer[session_id_end:session_id_end + 2]]
+    except ssl.SSLError:
+        return ""
+
+
+OFFER_ROWS = list({row[1:]: row for row in reversed(ACCEPTED)}.values())            # one string for each plan
+CURVES = {"SECP256R1": "prime256v1", "SECP384R1": "secp384r1", "SECP521R1": "secp521r1", "X25519": "X25519", "X448": "X448", "FFDHE2048": "ffdhe2048"}
+
+
+@pytest.mark.parametrize("row", OFFER_ROWS, ids=[row[0][:70] for row in OFFER_ROWS])
+def test_offer(pki, row):
+    """Clients that can do but one thing come through if, and only if, it is in the plan."""
+    plan = httpd.tls_priority(row[0])
+    if sys.version_info < (3, 11) and plan.groups[:1] == ("X25519",):
+        with pytest.raises(httpd.ConfigError, match="tls_ciphers: Python before 3.11 cannot set X25519"):
+            context_of(pki, row[0], "ec.pem")
+        return
+    fit = {key: any(("ECDSA" in suite) == (key == "ec") for suite in plan.ciphers) for key in ("rsa", "ec")}       # TLS 1.2, with this type of key
+    servers = {key: context_of(pki, row[0], key + ".pem") for key in fit if fit[key] or plan.suites13}
+    taken = {suite for suite in available_suites() for server in servers.values() if shake_hands(client_context(suite, "TLSv1.2"), server)}
+    hidden = set(plan.ciphers) - {suite["name"] for server in servers.values() for suite in server.get_ciphers()}
+    assert taken == set(plan.ciphers) - hidden and all("CCM8" in suite for suite in hidden)        # OpenSSL 3.2 puts it on security level 0
+    for key, server in servers.items():
+        for version in "TLSv1.2", "TLSv1.3":
+            ends = shake_hands(client_context(version=version), server)
+            assert bool(ends) == (fit[key] if version == "TLSv1.2" else bool(plan.suites13))
+            assert not ends or (ends[1].version(), ends[1].selected_alpn_protocol()) == (version, "http/1.1")
+        if "TLSv1.3" in plan.versions:
+            letters = [letter for letter, name in SUITES13.items() if name in plan.suites13]
+            assert [chosen13(server, letter) for letter in letters] == letters
+            assert chosen13(server, "gPG") == (letters[0] if plan.server_preference else "g")   # what the plan has is chosen before what it has not
+        assert bool(server.options & ssl.OP_CIPHER_SERVER_PREFERENCE) == plan.server_preference
+        assert server.options & ssl.OP_NO_COMPRESSION and server.options & getattr(ssl, "OP_NO_RENEGOTIATION", 0) == getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+
+
+def available_suites():
+    """Every suite of TLS 1.2 for these certificates that this OpenSSL has; Camellia, ARIA and DHE are to be refused."""
+    everything = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    everything.set_ciphers("ALL:!PSK:!SRP:@SECLEVEL=0")
+    return [suite["name"] for suite in everything.get_ciphers() if suite["protocol"] != "TLSv1.3"]
+
+
+GROUP_ROWS = [
+    (BOTH, "SECP256R1 SECP384R1 SECP521R1 X25519 X448 FFDHE2048", "all"),
+    (OLD, "SECP384R1", "OpenSIPS' default"),
+    ("NORMAL:-GROUP-ALL:+GROUP-SECP521R1", "SECP521R1", "one"),
+    ("PFS:-GROUP-X448", "SECP256R1", "all but one: the first"),
+    ("NORMAL:-GROUP-DH-ALL", "SECP256R1", "all but FFDHE, which OpenSSL's default has"),
+    ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP384R1", "the first of two"),
+]
+
+
+@pytest.mark.parametrize("text, offered, why", GROUP_ROWS, ids=[row[2] for row in GROUP_ROWS])
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+def test_groups(pki, text, offered, why, version):
+    server = context_of(pki, text, "rsa.pem")
+    if hasattr(server, "set_groups") and len(offered.split()) < 2:
+        offered = " ".join(name for name in httpd.tls_priority(text).groups if name in CURVES)
+    for name, curve in CURVES.items() if sys.version_info >= (3, 11) else list(CURVES.items())[:3]:
+        ends = shake_hands(client_context("ECDHE+AESGCM", version, curve), server)
+        possible = version in httpd.tls_priority(text).versions and (version, name) != ("TLSv1.2", "FFDHE2048")
+        assert bool(ends) == (name in offered.split() and possible), name
+
+
+def test_server_preference(pki):
+    client = client_context("ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-AES256-GCM-SHA384", "TLSv1.2")
+    chosen = [shake_hands(client, context_of(pki, text, "rsa.pem"))[0].cipher()[0] for text in ("NORMAL", "NORMAL:%SERVER_PRECEDENCE")]
+    assert chosen == ["ECDHE-RSA-AES128-GCM-SHA256", "ECDHE-RSA-AES256-GCM-SHA384"]
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+@pytest.mark.parametrize("text, tickets", [("NORMAL", True), ("NORMAL:%NO_TICKETS", False), ("PFS", False)])
+def test_tickets(pki, version, text, tickets):
+    server, client = context_of(pki, text, "rsa.pem"), client_context(version=version)
+    session = shake_hands(client, server)[0].session
+    assert bool(session and session.has_ticket) == tickets
+    assert shake_hands(client, server, session)[0].session_reused == tickets
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+@pytest.mark.parametrize("cert, accepted", [("client", True), ("rsa", False), (None, False)])
+def test_client_certificate(pki, version, cert, accepted):
+    server = context_of(pki, BOTH, "rsa.pem", ca="ca.pem")
+    assert bool(shake_hands(client_context(version=version, cert=cert and str(pki / cert)), server)) == accepted
+
+
+class TLSClient:
+    """A client whose TLS records can be cut at will: TLS in memory, and a socket."""
+
+    def __init__(self, port, **options):
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
+        for name, value in options.pop("context", {}).items():
+            getattr(self.context, name)(*value) if isinstance(value, tuple) else setattr(self.context, name, value)
+        self.inner, self.outer = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = self.context.wrap_bio(self.inner, self.outer, **options)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.sock.close()
+
+    def pull(self):
+        data = self.sock.recv(65536)
+        self.inner.write(data) if data else self.inner.write_eof()
+
+    def push(self, cut=lambda raw: [raw]):
+        for piece in cut(self.outer.read()):
+            self.sock.sendall(piece)
+
+    def handshake(self, cut=lambda raw: [raw]):
+        while True:
+            try:
+                self.tls.do_handshake()
+                return self.push(cut)
+            except ssl.SSLWantReadError:
+                self.push(cut)
+                self.pull()
+
+    def read(self, size=1 << 20):
+        while True:
+            try:
+                return self.tls.read(size)
+            except ssl.SSLWantReadError:
+                self.pull()
+
+    def exchange(self, raw, count=1, cut=lambda raw: [raw]):
+        self.tls.write(raw)
+        self.push(cut)
+        data = b""
+        while len(answers_so_far(data)) < count:
+            data += self.read()
+        return answers(data)
+
+
+def every_byte(raw):
+    return [raw[i:i + 1] for i in range(len(raw))]
+
+
+@pytest.fixture
+def https(pki):
+    """Start a server with TLS, in a thread."""
+    httpd.register_httpdcb("test", "echo", echo, content_type="application/json")
+    httpd.register_httpdcb("test", "large", lambda request, page: page.write(b"x" * 1000000) and 200)
+    with contextlib.ExitStack() as stack:
+        yield lambda name="rsa", **params: stack.enter_context(httpd.Server(**{
+            "ip": "127.0.0.1", "port": 0, "tls_cert_file": pki / (name + ".pem"), "tls_key_file": pki / (name + ".key"), "tls_ciphers": BOTH, **params}))
+
+
+@pytest.mark.parametrize("name", ["rsa", "ec"])
+@pytest.mark.parametrize("text, version", [(BOTH, "TLSv1.3"), (OLD, "TLSv1.2")])
+def test_https(https, name, text, version):
+    server = https(name, tls_ciphers=text)
+    with TLSClient(server.port, context={"set_alpn_protocols": (["h2", "http/1.1"],)}) as client:
+        client.handshake()
+        assert client.tls.version() == version and client.tls.selected_alpn_protocol() == "http/1.1"
+        answer, = client.exchange(get())
+        assert answer.json()["scheme"] == "https" and server.url.startswith("https://")
+        assert [len(answer.body) for answer in client.exchange(get(b"/large") * 5, 5)] == [1000000] * 5
+        assert client.exchange(post(b"x" * 1000))[0].json()["body"] == "x" * 1000
+        assert client.exchange(get(b"/echo", b"Connection: close"))[0].status == 200
+        assert client.read() == b""                         # close_notify: an orderly end
+
+
+@pytest.mark.parametrize("cut", ["in two records", "every byte", "close_notify in the same segment", "pipelined in many records"])
+def test_every_request_over_tls_is_answered(https, cut):                           # OPENSIPS, never 1
+    server = https("ec")
+    for _ in range(1000 if cut == "in two records" else 50):
+        with TLSClient(server.port) as client:
+            client.handshake(every_byte if cut == "every byte" else lambda raw: [raw])
+            raw = get() * (5 if "pipelined" in cut else 1)
+            for piece in [raw[:20], raw[20:]] if cut == "in two records" else every_byte(raw) if "pipelined" in cut else [raw]:
+                client.tls.write(piece)
+            if "close_notify" in cut:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.tls.unwrap()
+            client.push(every_byte if cut == "every byte" else lambda raw: [raw])
+            data = b""
+            while len(answers_so_far(data)) < raw.count(b"GET"):
+                client.pull()
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                    while more := client.tls.read(1 << 20):
+                        data += more
+            assert [answer.status for answer in answers(data)] == [200] * raw.count(b"GET")
+
+
+@pytest.mark.parametrize("raw", [get(), b"POST / HTTP/1.0\r\n\r\n", b"\x00", b"SSH-2.0\r\n"])
+def test_plain_http_on_the_tls_port(https, raw):                                   # OPENSIPS, never 7
+    with connect(https()) as client:
+        client.sendall(raw)
+        data = b""
+        while more := client.recv(10000):
+            data += more
+        answer, = answers(data)
+        assert answer.status == 400 and answer.body == b"400 this is the HTTPS port, say https://\n"
+
+
+def test_silent_and_half_way_clients_delay_nobody_and_are_dropped(https):
+    server = https("ec", request_timeout=1.5, conn_timeout=1.5)
+    with contextlib.ExitStack() as stack:
+        stuck = [stack.enter_context(TLSClient(server.port)) for _ in range(300)]
+        for number, client in enumerate(stuck):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.tls.do_handshake()
+            client.sock.sendall([b"", b"\x16", client.outer.read()[:-1], client.outer.read()][number % 4])
+        start = time.monotonic()
+        for _ in range(10):
+            with TLSClient(server.port) as client:
+                client.handshake()
+                assert client.exchange(get())[0].status == 200
+        assert time.monotonic() - start < 1.5               # before anybody is dropped
+        for client in stuck:
+            with contextlib.suppress(ConnectionResetError):
+                while client.sock.recv(65536):
+                    pass
+    until = time.monotonic() + 10
+    while server.connections:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_what_is_no_handshake_after_all_upsets_nobody(https):
+    server = https()
+    chance = random.Random(5)
+    with TLSClient(server.port) as client:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.tls.do_handshake()
+        hello = client.outer.read()
+    for _ in range(200):
+        raw = bytearray(hello)
+        for _ in range(chance.randrange(1, 4)):
+            raw[chance.randrange(1, len(raw))] = chance.randrange(256)
+        with connect(server) as client, contextlib.suppress(OSError):
+            client.sendall(raw[:chance.randrange(1, len(raw) + 1)])
+            client.shutdown(socket.SHUT_WR)
+            client.recv(10000)
+    with TLSClient(server.port) as client:
+        client.handshake()
+        assert client.exchange(get())[0].status == 200
+
+
+def test_a_truncated_request_is_not_executed(https):
+    calls = []
+    httpd.register_httpdcb("test", "h", lambda request, page: calls.append(request) or 200)
+    server = https()
+    for raw in (post(b"abc", path=b"/h")[:-1], chunked(b"3\r\nabc\r\n").replace(b"/echo", b"/h"), get(b"/h")[:-2]):
+        with TLSClient(server.port) as client:
+            client.handshake()
+            client.tls.write(raw)
+            client.push()
+    with TLSClient(server.port) as client:
+        client.handshake()
+        assert client.exchange(get())[0].status == 200 and not calls
+
+
+def test_a_slow_reader_over_tls(https):
+    server = https()
+    with TLSClient(server.port) as client:
+        client.handshake()
+        client.tls.write(get(b"/large") * 20)
+        client.push()
+        until = time.monotonic() + 10
+        while not server.held:
+            assert time.monotonic() < until
+        data = b""
+        while len(data.rpartition(b"\r\n\r\n")[2]) < 1000000 or data.count(b"HTTP/1.1 200") < 20:
+            data += client.read()
+            assert server.held <= server.params.held_size
+        assert len(answers(data)) == 20 and client.exchange(get())[0].status == 200
+
+
+def test_sessions_are_resumed_by_tickets_unless_the_string_forbids(https):
+    for text, tickets in ((OLD, True), (BOTH, True), (OLD + ":%NO_TICKETS", False), (BOTH + ":%NO_TICKETS", False)):
+        server = https(tls_ciphers=text)
+        with TLSClient(server.port) as first:
+            first.handshake()
+            first.exchange(get())
+            assert (first.tls.session is not None and first.tls.session.has_ticket) == tickets
+            with TLSClient(server.port) as second:
+                second.tls = first.context.wrap_bio(second.inner, second.outer, session=first.tls.session)
+                second.handshake()
+                assert second.exchange(get())[0].status == 200 and (second.tls.session_reused or not tickets)
+
+
+def test_renegotiation_is_off(https):
+    if not hasattr(ssl, "OP_NO_RENEGOTIATION") or not shutil.which("openssl"):
+        pytest.skip("cannot be tried here")
+    server = https(tls_ciphers=OLD)
+    client = subprocess.run(["openssl", "s_client", "-connect", "127.0.0.1:%d" % server.port, "-tls1_2"], input=b"R\n", capture_output=True, timeout=20)
+    assert b"no renegotiation" in client.stderr.lower() or b"NO_RENEGOTIATION" in client.stderr.upper()
+
+
+def test_a_renewed_certificate_needs_no_restart(https, pki, tmp_path, caplog):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_bytes((pki / "rsa.pem").read_bytes()), key.write_bytes((pki / "rsa.key").read_bytes())
+    key.chmod(0o600)
+    server = https(tls_cert_file=cert, tls_key_file=key)
+    with TLSClient(server.port) as old:
+        old.handshake()
+        cert.write_bytes(b"half of it")
+        assert server.reload_tls() is False and "has no BEGIN CERTIFICATE" in caplog.text      # the old one stays
+        cert.write_bytes((pki / "ec.pem").read_bytes())
+        assert server.reload_tls() is False                 # the old key does not fit
+        with TLSClient(server.port) as client:
+            client.handshake()
+            assert client.tls.getpeercert(True) == old.tls.getpeercert(True)
+        key.write_bytes((pki / "ec.key").read_bytes())
+        assert server.reload_tls() is True
+        with TLSClient(server.port) as client:
+            client.handshake()
+            assert client.tls.getpeercert(True) != old.tls.getpeercert(True) and client.exchange(get())[0].status == 200
+        assert old.exchange(get())[0].status == 200         # and old connections live on
+    with httpd.Server(ip="127.0.0.1", port=0) as plain:
+        assert plain.reload_tls() is False
+
+
+def test_client_certificates(https, pki):
+    httpd.register_httpdcb("test", "who", lambda request, page: page.write(json.dumps(request.client_cert)) and 200)
+    server = https(tls_ca_file=pki / "ca.pem")
+    for text, version in (("", None), ("", ssl.TLSVersion.TLSv1_2)):
+        options = {"maximum_version": version} if version else {}
+        with TLSClient(server.port, context={"load_cert_chain": (str(pki / "client.pem"), str(pki / "other.key")), **options}) as client:
+            client.handshake()
+            subject, serial = client.exchange(get(b"/who"))[0].json()
+            assert subject == "CN=other" and re.fullmatch("[0-9A-F]+", serial)
+        for files in ((), (str(pki / "ec.pem"), str(pki / "ec.key"))):              # none, or one of another CA
+            with TLSClient(server.port, context={**({"load_cert_chain": files} if files else {}), **options}) as client, pytest.raises((ssl.SSLError, OSError)):
+                client.handshake()
+                client.exchange(get(b"/who"))
+    with TLSClient(https().port) as client:
+        client.handshake()
+        assert client.exchange(get(b"/who"))[0].json() is None
+
+
+def test_a_suite_that_cannot_be_switched_off_is_not_used(https, monkeypatch):
+    """TLS 1.3 suites can be restricted only by closing what has got another."""
+    server = https(tls_ciphers="SECURE256:-VERS-ALL:+VERS-TLS1.3")
+    with TLSClient(server.port) as client:
+        client.handshake()
+        assert client.tls.cipher()[0] == "TLS_AES_256_GCM_SHA384" and client.exchange(get())[0].status == 200
+    server.plan = server.plan._replace(suites13=("TLS_AES_128_GCM_SHA256",))
+    with TLSClient(server.port) as client, pytest.raises((ssl.SSLError, OSError)):
+        client.handshake()
+        client.exchange(get())
 
 
 # ------------------------------------------------------------------------------------------------------------- mi_http

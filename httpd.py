@@ -36,7 +36,8 @@ selector, the time and the set of connections. A server lives in one thread.
 """
 from __future__ import annotations
 
-import errno, json, logging, math, os, re, resource, selectors, signal, socket, sys, threading, time
+import errno, json, logging, math, os, re, resource, select, selectors, signal, socket, sys, threading, time
+from collections import deque
 from email.utils import formatdate
 from functools import cache
 from http import HTTPStatus
@@ -48,7 +49,7 @@ from urllib.parse import parse_qsl, unquote
 
 __version__ = "0.1"
 __all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server",
-           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError"]
+           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END"]
 log = logging.getLogger("httpd")
 
 
@@ -111,6 +112,7 @@ PARAMETERS = {
         Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget", 256, zero=True),
         Parameter("post_buf_size", 1024, "bytes of the largest request content held in memory; larger: 413", 256),
         Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size", 256, zero=True),
+        Parameter("wsgi_body_size", 2**26, "bytes of the largest content for a WSGI application; larger: 413", 256),
         Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
         Parameter("tls_key_file", "", "its private key, PEM"),
         Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "GnuTLS priority string",
@@ -296,12 +298,19 @@ class HTTPError(Exception):
             check_field(name, value)
 
 
+SUSPEND = -2        # what an access handler returns that wants to be called again, after request.resume()
+END = -1            # what flush_data_cb returns when the content is complete
+
+
 class Root(NamedTuple):
     """A root path and who answers there, by method."""
     name: str
     module: str
     handlers: Mapping[str, Callable]
     content_type: str
+    flush: Optional[Callable] = None
+    upload: Optional[Callable] = None
+    upload_limit: float = 0
 
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
@@ -316,8 +325,11 @@ known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TR
 
 
 def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[Request, Page], int],
-                     flush_data_cb: None = None, init_proc_cb: Optional[Callable[[], None]] = None, *,
-                     content_type: str = "text/html; charset=utf-8", methods: tuple = ("GET", "POST")) -> None:
+                     flush_data_cb: Optional[Callable[[Request, int, memoryview], int]] = None,
+                     init_proc_cb: Optional[Callable[[], None]] = None, *,
+                     content_type: str = "text/html; charset=utf-8", methods: tuple = ("GET", "POST"),
+                     upload_data_cb: Optional[Callable[[Request, bytes], Any]] = None,
+                     upload_limit: float = math.inf) -> None:
     """Have `access_handler_cb(request, page) -> status` answer every request at and below `/root_path`.
 
     module             who registers: for error texts and httpd_list_root_path
@@ -325,11 +337,20 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
     access_handler_cb  called in the server's thread when the request is complete, content included. It writes the
                        content of the response with page.write() and returns the status, 200 to 599. HTTPError is
                        answered as it says, another exception with 500 and a traceback in the log. Be quick: nobody
-                       else is served meanwhile
-    flush_data_cb      is for responses that do not fit into the page, which this version does not have: None
+                       else is served meanwhile. Or it returns SUSPEND, and after request.resume() is called again
+                       with the same request and a clean page
+    flush_data_cb      flush_data_cb(request, pos, buf) -> n makes the content when the handler has written none: it
+                       fills the memoryview `buf` with what stands at `pos` of it, and returns the number of bytes; 0:
+                       nothing yet, call again after request.resume(); END. It is called again when the socket has
+                       taken what there was. Sent chunked; to HTTP/1.0 until the connection closes; or with the
+                       Content-Length that the handler has set, and then another count cuts the connection, as an
+                       exception does: a broken end is the only honest sign
     init_proc_cb       called once in every process that serves, in the server's thread, before the first request
     content_type       of the response, unless the handler sets page.content_type
     methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
+    upload_data_cb     upload_data_cb(request, data) gets the content of a request piece by piece as it arrives, before
+                       the handler is called, with an empty request.body. HTTPError refuses the rest of it
+    upload_limit       bytes of the largest content for upload_data_cb; larger: 413
 
     Raises ConfigError: a bad root path, or one that is taken. Any thread.
     """
@@ -340,10 +361,9 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
         raise ConfigError("%s: root path %s, not %r" % (module, error, root_path)) from None
     if name in roots:
         raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
-    if flush_data_cb is not None:
-        raise ConfigError('%s: root path "%s": this version has no flush_data_cb' % (module, name))
-    if not callable(access_handler_cb):
-        raise ConfigError('%s: root path "%s": no function: %r' % (module, name, access_handler_cb))
+    for function in (access_handler_cb, *filter(None, (flush_data_cb, init_proc_cb, upload_data_cb))):
+        if not callable(function):
+            raise ConfigError('%s: root path "%s": no function: %r' % (module, name, function))
     words = [method for method in methods if isinstance(method, str) and TOKEN.fullmatch(method)]
     if isinstance(methods, str) or len(words) < len(methods) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
         raise ConfigError('%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE' % (module, name))
@@ -355,7 +375,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
     known_methods.update(handlers)
     if init_proc_cb:
         pending_inits.append(init_proc_cb)
-    roots[name] = Root(name, module, handlers, content_type)
+    roots[name] = Root(name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit)
 
 
 def unregister_httpdcb(root_path: str) -> None:
@@ -410,13 +430,14 @@ class FormFile(NamedTuple):
 class Request:
     """What the client asks for. To be read, but for `state`, which is the handler's own. For the server's thread."""
 
-    __slots__ = ("state", "body", "_head", "_root", "_connection", "_form")
+    __slots__ = ("state", "body", "_head", "_root", "_connection", "_form", "_resumed")
 
     def __init__(self, connection: Connection, head: Head, body: bytes):
         self._connection = connection
         self._head = head
         self._root = None           # until it is found
         self._form = None
+        self._resumed = False       # resume() has been called since the last call of a callback
         self.body = body            # the content, transfer coding taken off
         self.state = None
 
@@ -452,6 +473,22 @@ class Request:
         """The first value of the field of `form` that has exactly this name."""
         return self.form.get(key, (default,))[0]
 
+    def _upload(self, data: bytes) -> None:
+        """Hand a piece of the content to upload_data_cb."""
+        try:
+            self._root.upload(self, data)
+        except Exception as error:
+            raise blame(error, self._head) from None
+
+    def resume(self) -> None:
+        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any thread.
+
+        It may come early: then it counts when the callback returns. It may be repeated, and come when all is over.
+        """
+        if not self._resumed:
+            self._resumed = True
+            self._connection.server._resume(self)
+
 
 def plain_address(address: Any) -> tuple[str, int]:
     """Host and port of an address of the socket module; an IPv4 peer of an IPv6 socket has its IPv4 address."""
@@ -468,7 +505,8 @@ def check_field(name: str, value: str) -> None:
 
 
 HEADROOM = 512      # bytes before the content; a head without fields of the handler's own has about 150
-OWN_FIELDS = {"connection", "content-length", "date", "keep-alive", "transfer-encoding", "upgrade"}
+TAILROOM = 2        # and behind it, for the end of a chunk
+OWN_FIELDS = {"connection", "date", "keep-alive", "transfer-encoding", "upgrade"}
 
 
 class Page:
@@ -477,7 +515,7 @@ class Page:
     __slots__ = ("_content_type", "_view", "_size", "_end", "_fields")
 
     def __init__(self, size: int):
-        self._view = memoryview(bytearray(HEADROOM + size))
+        self._view = memoryview(bytearray(HEADROOM + size + TAILROOM))
         self._size = HEADROOM + size
         self._content_type = ""
         self.clear()
@@ -514,15 +552,25 @@ class Page:
         """Bytes of content."""
         return self._end - HEADROOM
 
+    @property
+    def length(self) -> Optional[int]:
+        """The Content-Length that the handler has set."""
+        return next((int(value) for name, value in self._fields if name.lower() == "content-length"), None)
+
+    def with_fields(self, head: bytes) -> bytes:
+        """A head, and the handler's own fields."""
+        own = ("%s: %s\r\n" % field for field in self._fields if field[0].lower() != "content-length")
+        return head[:-2] + "".join(own).encode("latin-1") + b"\r\n"
+
     def set_header(self, name: str, value: str) -> None:
-        """Set a header field; one of that name is replaced, Set-Cookie excepted.
+        """Set a header field; one of that name is replaced, Set-Cookie excepted. Content-Length is for flush_data_cb.
 
         Raises ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets.
         """
         key, value = name.lower(), str(value)
         check_field(name, value)
-        if key in OWN_FIELDS:
-            raise ValueError("%s is set by the server" % name)
+        if key in OWN_FIELDS or key == "content-length" and not re.fullmatch("[0-9]{1,18}", value):
+            raise ValueError("%s is set by the server, or not %r" % (name, value))
         if key == "content-type":
             self.content_type = value
         else:
@@ -558,7 +606,8 @@ REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H
 FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
 
-CHUNKED = -1
+CHUNKED = -1            # beside a Content-Length of 0 or more; and for what goes out to HTTP/1.0:
+UNTIL_CLOSE = -2
 MAX_FIELDS = 128
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 # RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
@@ -731,45 +780,57 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
     return start and begin.rfind(b"\r\n") + 2
 
 
-def decode_content(length: int, limit: int, overhead: int) -> Generator[int, bytes, tuple[bytes, bytes]]:
-    """Take the framing off the content of one request (RFC 9112, 6 and 7).
+def decode_content(length: int, limit: float, overhead: int, write: Callable) -> Generator[int, bytes, bytes]:
+    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece.
 
-    A generator: send() it what is received; it yields how many bytes it holds, and returns the content and what came
-    behind it, which belongs to the next request. 413 as soon as it is over `limit`. `overhead`: bytes that chunk
+    A generator: send() it what is received; it yields how many bytes it holds, and returns what came behind the
+    content, which belongs to the next request. 413 as soon as it is over `limit`. `overhead`: bytes that chunk
     extensions and trailers may have.
     """
-    too_large = "the content is larger than %d bytes, see post_buf_size and receive_buf_size" % limit
+    too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size" % limit
     require(length <= limit, 413, too_large)
-    content, data, size = bytearray(), bytearray(), -1
+    data = bytearray()
     if length != CHUNKED:
-        while len(data) < length:
-            data += yield len(data)
-        return bytes(data[:length]), bytes(data[length:])
-    while size:
+        return (yield from pass_on(length, data, write))
+    while length:
         while b"\r\n" not in data:
             require(CHUNK_LINE_BEGIN.fullmatch(data), 400, "malformed chunk size or extension")
             require(len(data) <= overhead + 17, 400, "the chunk extensions are too long")
-            data += yield len(content) + len(data)
+            data += yield len(data)
         match = CHUNK_LINE.match(data)
         require(match, 400, "malformed chunk size or extension")
-        size, overhead = int(match[1], 16), overhead - len(match[2])
+        length, overhead = int(match[1], 16), overhead - len(match[2])
         require(overhead >= 0, 400, "the chunk extensions are too long")
-        require(len(content) + size <= limit, 413, too_large)
+        limit -= length
+        require(limit >= 0, 413, too_large)
         del data[:match.end()]
-        while size and not data.startswith(b"\r\n", size):
-            require(b"\r\n".startswith(data[size:size + 2]), 400, "a chunk is not as long as it says")
-            data += yield len(content) + len(data)
-        content += data[:size]
-        del data[:size + 2 if size else 0]
+        if length:
+            data = bytearray((yield from pass_on(length, data, write)))
+            while not data.startswith(b"\r\n"):
+                require(b"\r\n".startswith(data[:2]), 400, "a chunk is not as long as it says")
+                data += yield len(data)
+            del data[:2]
     while not data.startswith(b"\r\n") and b"\r\n\r\n" not in data:
         check_trailers(data, overhead)
-        data += yield len(content) + len(data)
+        data += yield len(data)
     end = 0 if data.startswith(b"\r\n") else data.index(b"\r\n\r\n") + 2
     check_trailers(data[:end + 2], overhead)
     require(data.count(b"\n", 0, end) <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS)
     names = {line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")}
     require(NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section")
-    return bytes(content), bytes(data[end + 2:])
+    return bytes(data[end + 2:])
+
+
+def pass_on(length: int, data: bytes, write: Callable) -> Generator[int, bytes, bytes]:
+    """Hand `length` bytes to `write`, `data` first; returns what came behind them."""
+    while True:
+        piece, data = bytes(data[:length]), bytes(data[length:])
+        if piece:
+            write(piece)
+        length -= len(piece)
+        if not length:
+            return data
+        data = yield 0
 
 
 def check_trailers(data: bytes, limit: int) -> None:
@@ -893,10 +954,45 @@ def weight(value: Any) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- Connection
 
+def content_pieces(request: Request, page: Page, head: bytes, length: int, room: int) -> Generator[Any, int, None]:
+    """A response whose content flush_data_cb makes: what is to be sent, piece by piece, in the page.
+
+    A generator: send() it the `room` for the next piece; it yields the piece, or None when there is nothing yet.
+    """
+    view, flush, pos, left = page._view, request._root.flush, 0, math.inf if length < 0 else length
+    while (count := flush(request, pos, view[HEADROOM:HEADROOM + room])) != END:
+        if not isinstance(count, int) or not 0 <= count <= min(room, left):
+            raise ValueError("flush_data_cb returned %r where it could give %.0f bytes" % (count, min(room, left)))
+        if count == 0:
+            if head:
+                yield head
+                head = b""
+            room = yield None
+            continue
+        start, end = HEADROOM, HEADROOM + count
+        if length == CHUNKED:
+            head += b"%x\r\n" % count
+            view[end:end + TAILROOM] = b"\r\n"
+            end += TAILROOM
+        if len(head) <= HEADROOM:
+            start -= len(head)
+            view[start:HEADROOM] = head
+        pos, left, piece = pos + count, left - count, view[start:end]
+        room = yield piece if len(head) <= HEADROOM else head + piece
+        head = b""
+    if 0 < left < math.inf:
+        raise ValueError("flush_data_cb ended %d bytes before the Content-Length" % left)
+    if length == CHUNKED:
+        head += b"0\r\n\r\n"
+    if head:
+        yield head
+
+
 RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that one turn takes; as much as a TLS record,
                             # so that nothing stays inside TLS, where epoll does not see it
 TLS_SEND_SIZE = 2**16       # bytes of one send() over TLS: it may have to be repeated from its start
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
 TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
 
@@ -907,11 +1003,14 @@ raw_recv = socket.SocketType.recv       # what TLS does not see
 class TLSSocket(socket.SocketType):
     """A socket that can begin TLS: the inside of ssl.SSLSocket, without whose outside a connection costs 15 us less."""
 
-    __slots__ = ("recv", "send", "tls", "__weakref__")
+    __slots__ = ("recv", "tls", "__weakref__")
 
     def begin_tls(self, context: Any) -> None:
-        self.tls = tls = context._wrap_socket(self, True)   # private, and the same in Python 3.7 to 3.14
-        self.recv, self.send = tls.read, tls.write
+        self.tls = context._wrap_socket(self, True)         # private, and the same in Python 3.7 to 3.14
+        self.recv = self.tls.read
+
+    def send(self, data: Any) -> int:
+        return self.tls.write(data if len(data) <= TLS_SEND_SIZE else memoryview(data)[:TLS_SEND_SIZE])
 
 
 class Connection:
@@ -923,13 +1022,15 @@ class Connection:
                  │ ^ ^ pipelined  ├────> serve            more has been received
                  v │ └────────────┤
         receive_head              ├────> shut > linger    what came was refused
-        receive_content           └────> close
+        receive_content           ├────> close
+                                  ├────> stream           flush_data_cb has more
+        serve, stream ────────────└────> suspended ──> serve or stream    request.resume() was called
 
     A state may be run again from its start: nothing is changed before the recv() or send() that may block.
     """
 
-    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked", "head",
-                 "content", "kept", "out", "held", "discarded")
+    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked",
+                 "request", "content", "kept", "pieces", "closing", "out", "held", "discarded")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
         self.server = server
@@ -941,9 +1042,11 @@ class Connection:
         self.deadline = server.now + server.conn_timeout
         self.received = b""                 # the next requests, or the beginning of one
         self.checked = 0                    # how far check_begin has come in it
-        self.head = None                    # of the request whose content is awaited,
-        self.content = None                 # that content,
+        self.request = None                 # the one whose content is awaited, that is suspended or streamed
+        self.content = None                 # decode_content() of it,
         self.kept = 0                       # and how many bytes of it are here
+        self.pieces = None                  # content_pieces() of the response,
+        self.closing = False                # after which the connection is closed
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
         self.held = 0                       # bytes counted against memory_budget
         self.discarded = 0
@@ -970,9 +1073,14 @@ class Connection:
                     raise
                 log.exception("%s: a fault of the server itself", self.peer)
             break
+        if self.interest != READ or self.state is not Connection.idle:
+            self.wait_for(wanted)
+
+    def wait_for(self, wanted: Optional[int]) -> None:
+        """Have the selector watch for what the state waits for, unless TLS has other wants."""
         if wanted is None:
-            wanted = WRITE if self.state is Connection.flush else READ
-        if self.interest != wanted:
+            wanted = WRITE if self.state is Connection.flush or self.state is Connection.stream else READ
+        if self.interest != wanted and (self.interest < HANGUP or self.state is not Connection.suspended):
             self.server.watch(self, wanted)
 
     def greet(self) -> bool:
@@ -1002,11 +1110,10 @@ class Connection:
         """Nothing of a request is here yet. If all that comes is a head that has been seen before, it is not parsed."""
         data = self.sock.recv(RECEIVE_SIZE)
         head = self.server.heads.get(data)
-        if head is None:
-            if not data:
-                return self.close()
-            self.received = data
-        return self.serve(head)
+        if head is not None:
+            return self.serve(head, None if head.waits else Request(self, head, b""))
+        self.received = data
+        return self.serve() if data else self.close()
 
     def receive_head(self) -> bool:
         """The beginning of a head is here."""
@@ -1032,10 +1139,9 @@ class Connection:
                 head = head or self.next_head()
                 if head is None:
                     return self.wait_in(Connection.receive_head)
-                body = self.begin_content(head) if head.waits else b""
-                if body is None:
+                request = self.begin_content(head) if head.waits else Request(self, head, b"")
+                if request is None:
                     return self.state is Connection.flush
-                request = Request(self, head, body)
             connection = head.connection
             page._end, page._fields = HEADROOM, ()
             try:
@@ -1046,8 +1152,12 @@ class Connection:
                 request._root = root
                 page._content_type = root.content_type
                 status = handler(request, page)
-                if status != 200:
+                if status != 200 or page._end == HEADROOM:
+                    if status == SUSPEND:
+                        return self.suspend(request)
                     status = checked_status(status, page)
+                    if page._end == HEADROOM and (root.flush or page.length is not None) and status not in (204, 304):
+                        return self.begin_stream(request, status)
             except Exception as error:
                 status = self.write_error(error, head)
                 if status == 400:
@@ -1055,7 +1165,11 @@ class Connection:
             self.respond(status, connection, head.method != "HEAD")
             if self.then is not Connection.serve or len(self.out) > RECEIVE_SIZE:
                 return True
-            head = request = None
+            data, request = self.received, None
+            end = data.find(b"\r\n\r\n") + 4               # a pipelined one that has been seen before takes a short way
+            head = self.server.heads.get(data[:end])
+            if head is not None:
+                self.received = data[end:]
 
     def next_head(self) -> Optional[Head]:
         """Take the next head out of what has been received; None: it is not whole."""
@@ -1083,30 +1197,37 @@ class Connection:
         self.checked = 0
         return head
 
-    def begin_content(self, head: Head) -> Optional[bytes]:
-        """The content, if it is here; None: it is on its way. HTTPError refuses it before it is read; a short one is
-        read in any case, to keep the connection."""
-        server, length, expect = self.server, head.fields.length, head.fields.expect
-        limit = server.params.post_buf_size if head.fields.form else server.params.receive_buf_size
-        if expect is None and 0 < length <= min(limit, len(self.received)):
-            body, self.received = self.received[:length], self.received[length:]
-            return body
-        self.head = head
+    def begin_content(self, head: Head) -> Optional[Request]:
+        """The request with its content, if that is here; None: it is on its way. HTTPError refuses it before it is
+        read; a short one is read in any case, to keep the connection."""
+        server, (_, length, _, expect, form) = self.server, head.fields
+        limit = server.params.post_buf_size if form else server.params.receive_buf_size
+        root = roots.get(head.root) or roots.get("")
+        upload = root and root.upload
+        data = self.received
+        if 0 < length <= len(data) and length <= limit and expect is None and not upload:
+            self.received = data[length:]
+            return Request(self, head, data[:length])
+        self.request = request = Request(self, head, b"")
         try:
-            find_root(head)
+            request._root, _ = find_root(head)
             wanted = expect is not None
         except HTTPError:
             if length and (expect is not None or not 0 < length <= limit):
                 raise
-            wanted = False
+            wanted, upload = False, None
         if wanted and expect != "100-continue":
             raise HTTPError(417, "no expectation but 100-continue is understood")
-        content = decode_content(length, limit, server.params.max_header_size)
         if not length:
-            self.head = None
-            return b""
-        next(content)
-        self.content = content
+            self.request = None
+            return request
+        if upload:
+            limit, write = root.upload_limit, request._upload
+        else:
+            request.body = bytearray()
+            write = request.body.extend
+        self.content = decode_content(length, limit, server.params.max_header_size, write)
+        next(self.content)
         if wanted and not self.received:                    # RFC 9110, 10.1.1
             self.out = self.out or bytearray()
             self.out += b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -1114,23 +1235,24 @@ class Connection:
 
     def receive_content(self) -> bool:
         """The content is on its way."""
-        head, body = self.head, self.take_content(self.receive())
-        return self.state is Connection.flush if body is None else self.serve(head, Request(self, head, body))
+        request = self.take_content(self.receive())
+        return self.state is Connection.flush if request is None else self.serve(request._head, request)
 
-    def take_content(self, data: bytes) -> Optional[bytes]:
-        """The content if it is whole with this; None: more is to come. A second more for every 500 bytes."""
-        server = self.server
+    def take_content(self, data: bytes) -> Optional[Request]:
+        """The request, if its content is whole with this; None: more is to come. A second more for every 500 bytes."""
+        server, request = self.server, self.request
         try:
             self.received = b""
-            self.kept = self.content.send(data)
+            self.kept = self.content.send(data) + len(request.body)
             self.wait_in(Connection.receive_content)
             longest = max(server.conn_timeout, server.params.request_timeout)
             self.deadline = min(self.deadline + len(data) / 500, server.now + longest)
             return None
         except StopIteration as end:
-            body, self.received = end.value
-        self.head, self.content, self.kept = None, None, 0
-        return body
+            self.received = end.value
+        self.request, self.content, self.kept = None, None, 0
+        request.body = bytes(request.body)
+        return request
 
     def wait_in(self, state: Callable[[Connection], bool]) -> bool:
         """Wait for more of a request, but first send the answers to those before it."""
@@ -1152,7 +1274,7 @@ class Connection:
         key = (status, page._content_type, end - HEADROOM, connection)
         head = server.response_heads.get(key) or server.response_head(*key)
         if page._fields:
-            head = head[:-2] + "".join("%s: %s\r\n" % field for field in page._fields).encode("latin-1") + b"\r\n"
+            head = page.with_fields(head)
         if not with_content:
             end = HEADROOM
         start = HEADROOM - len(head)
@@ -1170,12 +1292,91 @@ class Connection:
             self.then = Connection.shut if self.received or len(self.out) > RECEIVE_SIZE else Connection.close
             self.received = b""
 
+    def begin_stream(self, request: Request, status: int) -> bool:
+        """The content comes from flush_data_cb. Its first piece leaves with the head."""
+        server, page, head, length = self.server, self.server.page, request._head, self.server.page.length
+        if length is None:
+            length = CHUNKED if head.version == "HTTP/1.1" else UNTIL_CLOSE
+        self.closing = server.stopping or head.connection is CLOSED or length == UNTIL_CLOSE
+        raw = server.response_head(status, page._content_type, length, CLOSED if self.closing else head.connection)
+        raw = page.with_fields(raw)
+        if head.method == "HEAD":
+            pieces = (piece for piece in [raw])
+        elif request._root.flush is None:
+            raise ValueError("the handler has set Content-Length %d and written nothing" % length)
+        else:
+            pieces = content_pieces(request, page, raw, length, server.room())
+        self.count()
+        first = next(pieces)                                # an exception is still answered, nothing has been sent
+        self.out = self.out + first if self.out else first
+        self.request, self.pieces = request, pieces
+        self.state, self.then = Connection.flush, Connection.stream
+        server.requests += 1
+        return True
+
+    def stream(self) -> bool:
+        """The socket has taken the last piece of the content: the next is due."""
+        try:
+            piece = self.pieces.send(self.server.room())
+        except StopIteration:
+            self.request = self.pieces = None
+            return self.end_stream()
+        except Exception as error:
+            blame(error, self.request._head)
+            self.close(cut=True)
+            return False
+        if piece is None:
+            return self.suspend(self.request)
+        self.out, self.state, self.then = piece, Connection.flush, Connection.stream
+        return True
+
+    def end_stream(self) -> bool:
+        """All of the content is sent: close, or look for the next request."""
+        if self.closing or self.server.stopping:
+            self.received, self.state = b"", Connection.shut
+            return True
+        self.deadline = self.server.now + self.server.conn_timeout
+        self.state = Connection.serve if self.received else Connection.idle
+        return self.state is Connection.serve
+
+    def suspend(self, request: Request) -> bool:
+        """Wait for request.resume(), as long as that takes; the answers to requests before it leave first."""
+        self.request = request
+        self.count()
+        if self.out:
+            self.state, self.then = Connection.flush, Connection.suspended
+            return True
+        self.state, self.deadline = Connection.suspended, math.inf
+        if request._resumed:                                # it was too early for the loop to find it suspended
+            self.server._resume(request)
+        return False
+
+    def suspended(self) -> bool:
+        """A callback waits for resume(). An event of the socket means that more has come, which waits; or the end.
+
+        A client that has gone looks like one that has only finished sending (RFC 9112, 9.6). The latter has an answer
+        to get: as long as nothing is sent, a 100 (Continue) tells, since it makes the system of the former object.
+        """
+        request, interest = self.request, self.interest
+        if request._resumed:
+            request._resumed = False
+            if self.pieces:
+                self.state = Connection.stream
+                return True
+            self.request = None
+            return self.serve(request._head, request)
+        if interest == READ and raw_recv(self.sock, 1, socket.MSG_PEEK):
+            self.server.watch(self, HANGUP)
+        elif interest == RESET or self.pieces or request._head.version == "HTTP/1.0":
+            self.close(cut=True)
+        else:
+            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.server.watch(self, RESET)
+        return False
+
     def write_error(self, error: Exception, head: Optional[Head]) -> int:
         """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""
-        if not isinstance(error, HTTPError) or not 400 <= error.status <= 599:
-            log.error("%s %r: the handler of root path %r failed", head.method, head.target, head.root, exc_info=error)
-            error = HTTPError(500, "the handler failed, the log of the server says why")
-        page = self.server.page
+        page, error = self.server.page, blame(error, head)
         page.clear()
         page.content_type = "text/plain; charset=utf-8"
         for name, value in error.headers.items():
@@ -1187,18 +1388,15 @@ class Connection:
     def refuse(self, refusal: HTTPError) -> None:
         """Answer what is no request, or one whose content is not read, and close; answers before it leave first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
-        to_head = self.head.method == "HEAD" if self.head else re.match(rb"(?:\r\n){0,4}HEAD ", self.received)
-        self.received, self.head, self.content, self.kept = b"", None, None, 0
+        to_head = self.request.method == "HEAD" if self.request else re.match(rb"(?:\r\n){0,4}HEAD ", self.received)
+        self.received, self.request, self.content, self.kept = b"", None, None, 0
         self.respond(self.write_error(refusal, None), CLOSED, not to_head)
         self.then = Connection.shut
 
     def flush(self) -> bool:
         """Send. Nothing is read or executed before all of it is gone."""
         server, out = self.server, self.out
-        if len(out) <= server.send_size:
-            sent = self.sock.send(out)
-        else:
-            sent = self.sock.send(memoryview(out)[:server.send_size])
+        sent = self.sock.send(out)
         if sent < len(out):
             self.out = out[sent:]
             return True
@@ -1209,8 +1407,13 @@ class Connection:
         if then is Connection.idle:
             self.deadline = server.now + server.conn_timeout
             return False
+        if then is Connection.suspended:
+            return self.suspend(self.request)
+        if then is Connection.stream:
+            self.deadline = server.now + server.conn_timeout
+            return False                                    # others have a turn
         self.deadline = server.now + server.params.request_timeout
-        return then is not Connection.receive_head and then is not Connection.receive_content   # others have a turn
+        return then is not Connection.receive_head and then is not Connection.receive_content
 
     def keep_output(self) -> None:
         """The socket takes no more: copy what is left out of the page, and count it."""
@@ -1264,6 +1467,7 @@ class Connection:
             if not cut:
                 self.say_goodbye()
             self.received, self.out, self.content, self.kept = b"", b"", None, 0
+            self.request = self.pieces = None
             self.count()
             self.server.forget(self)
             self.sock.close()
@@ -1276,14 +1480,22 @@ class Connection:
 
     def expire(self) -> None:
         """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
-        unsent = len(self.out)
+        unsent, streaming = len(self.out), self.state is Connection.stream
         if self.content or self.state is Connection.receive_head and self.received.strip(b"\r\n"):
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
-        if self.state is Connection.flush:                  # epoll is silent until a third of the buffer is free: try
+        if streaming or self.state is Connection.flush:     # epoll is silent until a third of the buffer is free: try
             self.turn()
-        if self.deadline <= self.server.now or len(self.out) == unsent:
+        if self.deadline <= self.server.now or len(self.out) == unsent and not streaming:
             log.debug("%s: closed after a time-out", self.peer)
-            self.close()
+            self.close(cut=bool(unsent))
+
+
+def blame(error: Exception, head: Optional[Head]) -> HTTPError:
+    """What answers an exception of a callback: if it is no HTTPError, the log has the traceback."""
+    if isinstance(error, HTTPError) and 400 <= error.status <= 599:
+        return error
+    log.error("%s %r: a callback of root path %r failed", head.method, head.target, head.root, exc_info=error)
+    return HTTPError(500, "the handler failed, the log of the server says why")
 
 
 def checked_status(status: Any, page: Page) -> int:
@@ -1335,9 +1547,15 @@ class Server:
     It listens from the first call of one of these, of port or url: OSError if it cannot. Only stop() is for any thread.
     """
 
+    __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
+                 "max_connections", "page", "heads", "sections", "lines", "response_heads", "connections", "held",
+                 "requests", "accepted", "now", "stopping", "_stop_at", "_next_tick", "_evictable", "_selector", "_poll",
+                 "_accepting", "_owner", "_serving", "_thread", "_initialized", "_ended", "_resumed", "_busy", "_waking",
+                 "_woken", "_wake", "_listener", "_address")
+
     def __init__(self, **parameters: Any):
         self.params = values = httpd_in_force(**parameters)
-        self.scheme, self.socket_type, self.send_size = "http", socket.SocketType, 2**30
+        self.scheme, self.socket_type = "http", socket.SocketType
         self.would_block: tuple = (BlockingIOError,)        # what a socket raises that has to be waited for
         self.plan = self.tls = None
         if values.tls:
@@ -1365,6 +1583,9 @@ class Server:
         self._thread: Optional[threading.Thread] = None     # that of start()
         self._initialized = False
         self._ended = threading.Event()
+        self._resumed: deque[Request] = deque()             # requests whose resume() has been called
+        self._busy = False                                  # within a turn: it will look at them without being woken,
+        self._waking = False                                # as it does when that has been done
 
     def run(self) -> None:
         """Serve in this thread until stop() is called."""
@@ -1396,10 +1617,7 @@ class Server:
         if self._selector is None:
             self._ended.set()                               # it has never listened, or it has ended
             return
-        try:
-            self._wake.send(b"!")
-        except OSError:                                     # full: it wakes up as it is; closed: it has ended
-            pass
+        self._wake_up()
         me = threading.get_ident()
         if self._thread and self._thread.ident != me:
             self._thread.join()
@@ -1418,7 +1636,7 @@ class Server:
             log.log(30 if skipped else 20, "tls_ciphers: %s", "; ".join(plan.notes) or "as written")
         self.plan = plan
         self.tls = tls_context(self.plan, self.params.tls_cert_file, self.params.tls_key_file, self.params.tls_ca_file)
-        self.scheme, self.socket_type, self.send_size = "https", TLSSocket, TLS_SEND_SIZE
+        self.scheme, self.socket_type = "https", TLSSocket
         self.would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def reload_tls(self) -> bool:
@@ -1488,10 +1706,10 @@ class Server:
             self._woken, self._wake = socket.socketpair()
             self._wake.setblocking(False)
             selector = selectors.EpollSelector()
-            selector.register(self._woken, READ, self._begin_stop)
+            selector.register(self._woken, READ, self._woken_up)
             self._listener = listen(self.params.ip, self.params.port)
             self._address = self._listener.getsockname()[:2]
-            self._selector = selector
+            self._selector, self._poll = selector, select.epoll.fromfd(os.dup(selector.fileno()))
             self._set_accepting(True)
             servers.add(self)
 
@@ -1516,10 +1734,47 @@ class Server:
         if self.now >= self._next_tick:
             self.date = formatdate(usegmt=True)
             self.response_heads.clear()
-        for key, _ in ready:
-            key.data()
-        if self.now >= self._next_tick:                     # after them: who has sent something is not late
-            self._tick()
+        self._busy = True
+        try:
+            for key, _ in ready:
+                key.data()
+            if self._resumed:
+                self._continue()
+            if self.now >= self._next_tick:                 # after them: who has sent something is not late
+                self._tick()
+        finally:
+            self._busy = False
+        if self._resumed:                                   # meanwhile; the next turn is theirs
+            self._wake_up()
+
+    def _resume(self, request: Request) -> None:
+        """Note that a request can go on. Any thread."""
+        self._resumed.append(request)
+        if not self._busy:
+            self._wake_up()
+
+    def _continue(self) -> None:
+        """A turn for the requests that have been resumed."""
+        for _ in range(len(self._resumed)):
+            request = self._resumed.popleft()
+            connection = request._connection
+            if request._resumed and connection.request is request and connection.state is Connection.suspended:
+                connection.turn()
+
+    def _wake_up(self) -> None:
+        """Have the loop come back from its poll, this one or another program's. Any thread."""
+        if not self._waking:
+            self._waking = True
+            try:
+                self._wake.send(b"!")
+            except OSError:                                 # it has ended
+                pass
+
+    def _woken_up(self) -> None:
+        self._waking = False
+        self._woken.recv(64)
+        if self._stop_at < math.inf and not self.stopping:
+            self._begin_stop()
 
     def _tick(self) -> None:
         """Once a second: an end to what is over its deadline."""
@@ -1577,7 +1832,6 @@ class Server:
 
     def _begin_stop(self) -> None:
         """What stop() asks for, in the thread that serves."""
-        self._woken.recv(64)
         self.stopping, self._next_tick = True, self.now
         self._set_accepting(False)
         self._listener.close()
@@ -1600,7 +1854,7 @@ class Server:
             return
         for connection in list(self.connections):
             connection.close()
-        for closable in (self._listener, self._woken, self._wake, self._selector):
+        for closable in (self._listener, self._woken, self._wake, self._selector, self._poll):
             closable.close()
         self._selector = self._serving = None
         servers.discard(self)
@@ -1622,22 +1876,35 @@ class Server:
         return head
 
     def response_head(self, status: int, content_type: str, size: int, connection: str) -> bytes:
-        """Status line and fields; the same for the rest of this second."""
+        """Status line and fields; the same for the rest of this second. `size`: or CHUNKED, UNTIL_CLOSE."""
         fields = "Date: %s\r\n%s" % (self.date, connection)
         if status not in (204, 304):
-            fields += ("Content-Type: %s\r\n" % content_type if content_type else "") + "Content-Length: %d\r\n" % size
+            framing = {CHUNKED: "Transfer-Encoding: chunked\r\n", UNTIL_CLOSE: ""}
+            fields += "Content-Type: %s\r\n" % content_type if content_type else ""
+            fields += framing.get(size, "Content-Length: %d\r\n" % size)
         head = ("HTTP/1.1 %d %s\r\n%s\r\n" % (status, REASONS.get(status, ""), fields)).encode("latin-1")
         if len(self.response_heads) > 255:
             self.response_heads.clear()
         self.response_heads[status, content_type, size, connection] = head
         return head
 
+    def room(self) -> int:
+        """How large a piece of a stream may be: the more memory is taken by what clients do not read, the smaller, down
+        to what a socket that is writable takes whole."""
+        return min(self.params.buf_size, max(512, (self.params.held_size - self.held) // 8))
+
     def watch(self, connection: Connection, wanted: int) -> None:
         """Have the selector wait for what the connection waits for."""
         if connection.state is not Connection.closed:
+            if wanted < HANGUP <= connection.interest:
+                self._selector.unregister(connection.sock)
+                connection.interest = 0
             change = self._selector.modify if connection.interest else self._selector.register
             try:
-                change(connection.sock, wanted, connection.turn)
+                if wanted >= HANGUP:                        # which selectors do not know
+                    self._poll.modify(connection.sock.fileno(), select.EPOLLRDHUP if wanted == HANGUP else 0)
+                else:
+                    change(connection.sock, wanted, connection.turn)
                 connection.interest = wanted
             except OSError as error:                        # the system's limit of watches
                 log.error("%s: closed: %s", connection.peer, error)

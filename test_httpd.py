@@ -338,7 +338,7 @@ def test_root_paths(server, root, name):                # OPENSIPS, never 12
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(access_handler_cb=3), "no function: 3"), (dict(flush_data_cb=print), "no flush_data_cb"), (dict(methods="GET"), "methods must be a tuple of names"),
+    (dict(access_handler_cb=3), "no function: 3"), (dict(flush_data_cb=3), "no function: 3"), (dict(upload_data_cb="x"), "no function: 'x'"), (dict(methods="GET"), "methods must be a tuple of names"),
     (dict(methods=("G T",)), "methods must be a tuple of names"), (dict(methods=("TRACE",)), "not CONNECT or TRACE"), (dict(methods=(3,)), "methods must be")])
 def test_registrations_that_cannot_work(arguments, message):
     with pytest.raises(httpd.ConfigError, match=message):
@@ -550,7 +550,7 @@ def test_page_is_a_file(server):
 
 
 @pytest.mark.parametrize("name, value", [("X", "a\r\nY: b"), ("X", "a\nb"), ("X", "a\0"), ("X\r\n", "a"), ("X Y", "a"), ("", "a"), ("X", "\u20ac"),
-                                         ("Content-Length", "3"), ("transfer-encoding", "chunked"), ("Connection", "close"), ("Date", "now")])
+                                         ("Content-Length", "x"), ("Content-Length", "-3"), ("transfer-encoding", "chunked"), ("Connection", "close"), ("Date", "now")])
 def test_header_fields_that_must_not_leave(server, name, value):
     def handler(request, page):
         with pytest.raises(ValueError):

@@ -36,10 +36,10 @@ selector, the time and the set of connections. A server lives in one thread.
 """
 from __future__ import annotations
 
-import errno, json, logging, math, os, re, resource, select, selectors, signal, socket, sys, threading, time
+import errno, json, logging, math, os, queue, re, resource, select, selectors, signal, socket, sys, threading, time
 from collections import deque
 from email.utils import formatdate
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from importlib import import_module
 from operator import attrgetter
@@ -124,7 +124,10 @@ PARAMETERS = {
         Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**16),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
     ),
-    "mi_http": (Parameter("root", "mi", "root path of JSON-RPC", check=check_root),),
+    "mi_http": (
+        Parameter("root", "mi", "root path of JSON-RPC", check=check_root),
+        Parameter("threads", 4, "threads for commands that take long", 1, 100),
+    ),
 }
 params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
@@ -1174,7 +1177,8 @@ class Connection:
     def next_head(self) -> Optional[Head]:
         """Take the next head out of what has been received; None: it is not whole."""
         data, server = self.received, self.server
-        fresh = self.state is Connection.idle and len(data) <= server.params.max_header_size
+        limit = server.params.max_header_size
+        fresh = self.state is Connection.idle and data[-4:] == b"\r\n\r\n" and len(data) <= limit
         if fresh:       # if this is one head with a header section that has been seen before, its end is known
             line, _, block = data.partition(b"\r\n")
             fields = server.sections[block]
@@ -1183,8 +1187,8 @@ class Connection:
                 return server.admit(data, line, block, fields)
         start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
         end = data.find(b"\r\n\r\n", self.checked - 2 if self.checked else start) + 4
-        if end < 4 or end - start > server.params.max_header_size:
-            self.checked = check_begin(data, self.checked, server.params.max_header_size)
+        if end < 4 or end - start > limit:
+            self.checked = check_begin(data, self.checked, limit)
             return None
         raw = data[start:end]
         head = server.heads.get(raw)
@@ -1549,9 +1553,9 @@ class Server:
 
     __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
                  "max_connections", "page", "heads", "sections", "lines", "response_heads", "connections", "held",
-                 "requests", "accepted", "now", "stopping", "_stop_at", "_next_tick", "_evictable", "_selector", "_poll",
-                 "_accepting", "_owner", "_serving", "_thread", "_initialized", "_ended", "_resumed", "_busy", "_waking",
-                 "_woken", "_wake", "_listener", "_address")
+                 "requests", "accepted", "now", "stopping", "_stop_at", "_next_tick", "_evictable", "_selector",
+                 "_poll", "_accepting", "_owner", "_serving", "_thread", "_initialized", "_ended", "_resumed", "_busy",
+                 "_waking", "_woken", "_wake", "_listener", "_address")
 
     def __init__(self, **parameters: Any):
         self.params = values = httpd_in_force(**parameters)
@@ -2179,7 +2183,33 @@ def client_cert(sock: socket.socket) -> Optional[ClientCert]:
 # ------------------------------------------------------------------------------------------------------------- mi_http
 # OpenSIPS' management interface: JSON-RPC 2.0 by POST, and the commands that every server has.
 
-mi_commands: dict[str, Callable] = {}
+class MICommand(NamedTuple):
+    function: Callable
+    threads: bool
+
+
+class Pool:
+    """A few threads for what takes long. They start when there is work, and do not keep the program from ending."""
+
+    def __init__(self, size: int):
+        self.size, self.started, self.jobs = size, 0, queue.SimpleQueue()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.jobs.put(job)
+        if self.started < self.size:
+            self.started += 1
+            threading.Thread(target=self._work, name="httpd-pool", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                self.jobs.get()()
+            except Exception:
+                log.exception("a thread of the pool goes on after a fault")
+
+
+PENDING = object()                          # the place of an answer that a thread is to bring
+mi_commands: dict[str, MICommand] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 json_decoder = json.JSONDecoder(parse_constant=int)         # NaN and Infinity are no JSON: int() raises ValueError
 _INT = "-?(0|[1-9][0-9]{0,17})"
@@ -2196,15 +2226,21 @@ def decode_json(text: str) -> Any:
     return json_decoder.decode(text)
 
 
-def register_mi(name: str, function: Callable) -> None:
+def register_mi(name: str, function: Callable, *, threads: bool = False) -> None:
     """Add an MI command: a function that returns what JSON can say. Its signature is the command's parameter list; text
     for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of its own.
 
-    It runs in the server's thread, and nobody else is served meanwhile. ConfigError: the name is taken. Any thread.
+    It runs in the server's thread, and nobody else is served meanwhile; what takes long says threads=True, and runs in
+    one of the few threads of mi_http. ConfigError: the name is taken. Any thread.
     """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
         raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
-    mi_commands[name] = function
+    mi_commands[name] = MICommand(function, threads)
+
+
+@cache
+def mi_pool() -> Pool:
+    return Pool(in_force("mi_http")["threads"])
 
 
 @cache
@@ -2233,8 +2269,8 @@ def bind_parameters(function: Callable, given: Any) -> Callable[[], Any]:
     return lambda: function(*bound.args, **bound.kwargs)
 
 
-def call_mi(call: Any) -> Optional[str]:
-    """Carry out one JSON-RPC request. Returns the response; None for a notification."""
+def call_mi(call: Any, in_thread: bool = False) -> Any:
+    """Carry out one JSON-RPC request. Returns the response; None for a notification; PENDING if it wants a thread."""
     call = call if isinstance(call, dict) else {"id": None}
     ident, method, given, data = call.get("id"), call.get("method"), call.get("params", {}), None
     if ident in (math.inf, -math.inf) or isinstance(ident, (bool, dict, list)):
@@ -2245,12 +2281,15 @@ def call_mi(call: Any) -> Optional[str]:
             raise HTTPError(-32600, "Invalid Request")
         if method not in mi_commands:
             raise HTTPError(-32601, "Method not found")
+        function, threads = mi_commands[method]
+        if threads and not in_thread:
+            return PENDING
         try:
-            command = bind_parameters(mi_commands[method], given)
+            bound = bind_parameters(function, given)
         except TypeError as error:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
-        member, value = "result", encode_json(command())
+        member, value = "result", encode_json(bound())
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
@@ -2263,28 +2302,48 @@ def call_mi(call: Any) -> Optional[str]:
 
 
 def answer_mi(request: Request, page: Page) -> int:
-    """JSON-RPC errors travel on 200. Content-Type and Origin keep foreign web pages from posting commands."""
+    """JSON-RPC errors travel on 200."""
+    batch, answers = request.state or begin_mi(request)
+    if PENDING in answers:
+        return SUSPEND
+    answer = answers[0] or "" if not batch else ",".join(filter(None, answers))
+    try:
+        page.write("[%s]" % answer if batch and answer else answer)
+    except BufferError as error:
+        told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
+        page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
+    return 200 if answer else 202
+
+
+def begin_mi(request: Request) -> tuple[bool, list]:
+    """Whether it is a batch; and the answers. Threads bring those which take long, and resume the request.
+
+    Content-Type and Origin keep foreign web pages from posting commands.
+    """
     headers = request.headers
     if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
         raise HTTPError(415, "the Content-Type must be application/json")
     if "origin" in headers:
         own = "%s://%s" % (request.scheme, headers.get("host", ""))
-        if headers["origin"].lower() != own.lower():
-            raise HTTPError(403, "pages of another origin may not send commands")
+        require(headers["origin"].lower() == own.lower(), 403, "pages of another origin may not send commands")
     try:
         calls = decode_json(request.body.decode())
     except (ValueError, RecursionError):
-        page.write('{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}')
-        return 200
+        return False, ['{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}']
     batch = isinstance(calls, list) and calls != []
-    answers = [answer for answer in map(call_mi, calls) if answer is not None] if batch else [call_mi(calls) or ""]
-    answer = ",".join(answers)
-    try:
-        page.write("[%s]" % answer if batch and answers else answer)
-    except BufferError as error:
-        told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
-        page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
-    return 200 if answer else 202
+    calls = calls if batch else [calls]
+    answers = [call_mi(call) for call in calls]
+    if PENDING in answers:
+        request.state = batch, answers
+        for number, answer in enumerate(list(answers)):     # a copy: threads are at work
+            if answer is PENDING:
+                mi_pool().submit(partial(finish_mi, request, answers, number, calls[number]))
+    return batch, answers
+
+
+def finish_mi(request: Request, answers: list, number: int, call: Any) -> None:
+    answers[number] = call_mi(call, in_thread=True)
+    request.resume()
 
 
 def mi_http(params: dict[str, Any]) -> None:
@@ -2302,7 +2361,7 @@ def mi_which(command: Optional[str] = None) -> list:
         return sorted(mi_commands)
     if not isinstance(command, str) or command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
-    parameters = mi_signature(mi_commands[command]).parameters.values()
+    parameters = mi_signature(mi_commands[command].function).parameters.values()
     names = [parameter.name for parameter in parameters]
     return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
 

@@ -1511,7 +1511,7 @@ COST_ROWS = [
     (lambda number: get(b"/h"), 1, 10, "the same GET again"), (lambda number: get(b"/h?%d" % number), 1, 16, "a new URL"),
     (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 24, "a field never seen before"),
     (lambda number: get(b"/h") * 16, 16, 16 * 8 + 4, "16 pipelined ones"),
-    (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"), 1, 15, "JSON-RPC"),
+    (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"), 1, 16, "JSON-RPC"),
 ]
 
 
@@ -2336,6 +2336,534 @@ def test_a_batch_whose_answer_outgrows_the_page(server):
     body = b"[" + b",".join([b'{"jsonrpc":"2.0","method":"large","id":1}'] * 20) + b"]"
     answer, = answers(exchange(server, post(body, b"Content-Type: application/json", path=b"/mi"))[0])
     assert answer.status == 200 and answer.json()["error"]["code"] == -32000 and "buf_size" in answer.json()["error"]["data"]
+
+
+# ---------------------------------------------------------------------------------- Streams, suspended requests, uploads
+
+CONTENT = bytes(range(256)) * 1000
+
+
+def flush_content(request, pos, buf):
+    """CONTENT, from where it is asked for, as much as there is room for."""
+    part = CONTENT[pos:pos + len(buf)]
+    buf[:len(part)] = part
+    return len(part) or httpd.END
+
+
+def ends(request, pos, buf):
+    raise KeyError(pos)
+
+
+def read_all(client):
+    client.setblocking(True)
+    data = b""
+    while more := client.recv(1 << 20):
+        data += more
+    return data
+
+
+STREAM_ROWS = [
+    (get(b"/s"), "chunked", None, "HTTP/1.1: chunked"), (get(b"/s?length"), None, "256000", "a Content-Length of the handler's"),
+    (b"GET /s HTTP/1.0\r\n\r\n", None, None, "HTTP/1.0: until the connection closes"),
+    (b"GET /s?length HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", None, "256000", "HTTP/1.0 with a length is kept"),
+    (get(b"/s", b"Connection: close"), "chunked", None, "chunked and close"), (get(b"/s?fields"), "chunked", None, "large fields of its own")]
+
+
+@pytest.mark.parametrize("raw, coding, length", [row[:3] for row in STREAM_ROWS], ids=[row[3] for row in STREAM_ROWS])
+def test_streams(server, raw, coding, length):
+    def begin(request, page):
+        if request.query == "length":
+            page.set_header("Content-Length", len(CONTENT))
+        if request.query == "fields":
+            page.set_header("X", "y" * 2000)
+        return 201
+    httpd.register_httpdcb("test", "s", begin, flush_content, content_type="text/x")
+    data, end = exchange(server, raw)
+    while end == "open" and len(data) < len(CONTENT):
+        break
+    answer, = answers(data)
+    assert (answer.status, answer.body, answer.headers["Content-Type"]) == (201, CONTENT, "text/x")
+    assert (answer.headers["Transfer-Encoding"], answer.headers["Content-Length"]) == (coding, length)
+    assert end == ("open" if b"1.1" in raw and b"close" not in raw or b"keep-alive" in raw else "closed")
+    head, = answers(exchange(server, raw.replace(b"GET", b"HEAD"))[0], "HEAD")
+    assert {**head.headers, "Date": ""} == {**answer.headers, "Date": ""} and head.body == b""
+
+
+def test_a_handler_that_writes_does_not_stream(server):
+    httpd.register_httpdcb("test", "s", lambda request, page: page.write("written") and 200, ends)
+    httpd.register_httpdcb("test", "n", lambda request, page: 204, ends)
+    data, end = exchange(server, get(b"/s") + get(b"/n") + get(b"/s"))
+    assert [(answer.status, answer.body) for answer in answers(data)] == [(200, b"written"), (204, b""), (200, b"written")] and end == "open"
+
+
+def test_head_may_say_a_length_without_writing(server):
+    def handler(request, page):
+        page.set_header("Content-Length", "1234")
+        return 200
+    assert ask(server, handler, get(b"/h").replace(b"GET", b"HEAD")).headers["Content-Length"] == "1234"
+    assert ask(server, handler).status == 500               # GET has to keep the promise
+
+
+CUT_ROWS = [
+    (lambda request, pos, buf: ends(request, pos, buf) if pos else 1, None, "an exception"),
+    (lambda request, pos, buf: httpd.END if pos else 1, "5", "too few"), (lambda request, pos, buf: 3, "5", "too many"),
+    (lambda request, pos, buf: len(buf) + 1 if pos else 1, None, "more than there was room for"), (lambda request, pos, buf: None if pos else 1, None, "no count"),
+    (lambda request, pos, buf: -3 if pos else 1, None, "a negative count"), (lambda request, pos, buf: 1.0 if pos else 1, None, "no whole number")]
+
+
+@pytest.mark.parametrize("flush, length", [row[:2] for row in CUT_ROWS], ids=[row[2] for row in CUT_ROWS])
+def test_a_broken_stream_is_cut(server, caplog, flush, length):
+    def begin(request, page):
+        if length:
+            page.set_header("Content-Length", length)
+        return 200
+    httpd.register_httpdcb("test", "s", begin, flush)
+    data, end = exchange(server, get(b"/s") + get(b"/echo"))
+    assert data.startswith(b"HTTP/1.1 200") and not data.endswith(b"0\r\n\r\n") and data.count(b"HTTP/1.1") == 1 and end == "closed"
+    assert "a callback of root path 's' failed" in caplog.text and "Traceback" in caplog.text
+    with pytest.raises((http.client.HTTPException, ValueError)):
+        answers(data)
+
+
+def test_an_exception_before_anything_is_sent_is_a_500(server):
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, ends)
+    data, end = exchange(server, get() + get(b"/s") + get())
+    assert [answer.status for answer in answers(data)] == [200, 500, 200]
+
+
+def test_streams_and_pages_pipelined(server):
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, flush_content)
+    raw = get(b"/echo/1") + get(b"/s") + post(b"abc") + get(b"/s").replace(b"GET", b"HEAD") + get(b"/s") + get(b"/echo/2")
+    for cut in CUTS:
+        data, end = exchange(server, *CUTS[cut](raw))
+        found = answers(data, ["GET", "GET", "POST", "HEAD", "GET", "GET"])
+        assert [len(answer.body) for answer in found[1::3]] == [len(CONTENT)] * 2 and found[1].body == CONTENT and end == "open"
+        assert found[0].json()["url"] == "/1" and found[5].json()["url"] == "/2" and found[2].json()["body"] == "abc"
+
+
+def test_a_stream_waits_until_it_is_resumed(server):
+    waiting, pieces = [], []
+
+    def flush(request, pos, buf):
+        if not pieces:
+            waiting.append(request)
+            return 0
+        piece = pieces.pop(0)
+        buf[:len(piece)] = piece
+        return len(piece) or httpd.END
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, flush)
+    with connect(server) as client:
+        client.send(get(b"/s"))
+        data, end = pump(server, client)
+        assert data.endswith(b"\r\n\r\n") and b"chunked" in data and end == "open" and len(waiting) == 1      # the head is there at once
+        client.setblocking(True)
+        client.send(get())                                  # waits behind it
+        assert pump(server, client) == (b"", "open") and len(waiting) == 1
+        pieces.append(b"abc")
+        waiting[0].resume()
+        waiting[0].resume()
+        assert pump(server, client) == (b"3\r\nabc\r\n", "open") and len(waiting) == 2
+        pieces.extend([b"d", b""])
+        waiting[0].resume()
+        data, end = pump(server, client)
+        assert data.startswith(b"1\r\nd\r\n0\r\n\r\nHTTP/1.1 200") and end == "open" and len(waiting) == 2
+
+
+@pytest.mark.parametrize("flags", ["", "tls"])
+def test_many_streams_share_the_page_and_never_mix(server, flags, pki):
+    size = 3000000
+    blocks = {number: bytes([number]) * 65536 for number in range(40)}
+
+    def flush(request, pos, buf):
+        count = min(len(buf), size - pos, 65536)
+        buf[:count] = blocks[int(request.query)][:count]
+        return count or httpd.END
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, flush)
+    params = dict(tls_cert_file=pki / "ec.pem", tls_key_file=pki / "ec.key", tls_ciphers=BOTH) if flags else {}
+    with httpd.Server(ip="127.0.0.1", port=0, **params) as running:
+        clients = [TLSClient(running.port) if flags else connect(running) for _ in blocks]
+        for number, client in enumerate(clients):
+            if flags:
+                client.handshake()
+                client.tls.write(get(b"/s?%d" % number))
+                client.push()
+            else:
+                client.send(get(b"/s?%d" % number))
+        most = 0
+
+        def read(number):
+            data = b""
+            while len(data) < size or not data.endswith(b"\r\n0\r\n\r\n"):
+                data += clients[number].read() if flags else clients[number].recv(1 << 18)
+            answer, = answers(data)
+            assert len(answer.body) == size and answer.body.count(bytes([number])) == size
+        readers = [threading.Thread(target=read, args=(number,)) for number in blocks]
+        time.sleep(0.2)                                     # until all sockets are full
+        for reader in readers:
+            reader.start()
+        while any(reader.is_alive() for reader in readers):
+            most = max(most, running.held)
+            readers[0].join(0.01)
+            readers = readers[1:] + readers[:1]
+        assert most <= running.params.held_size and running.requests == len(blocks)
+        for client in clients:
+            (client.sock if flags else client).close()
+
+
+def test_a_slow_reader_of_an_endless_stream_costs_a_piece(server):
+    def flush(request, pos, buf):
+        asked.append(pos)
+        return len(buf)
+    asked = []
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, flush)
+    with connect(server) as client, connect(server) as other:
+        client.send(get(b"/s"))
+        for _ in range(200):
+            server.run_once(0)
+        before = len(asked)
+        for _ in range(50):
+            server.run_once(0)
+        assert len(asked) == before                         # backpressure: not called while the socket is full
+        assert server.held <= server.params.held_size // 8 and asked == sorted(asked)
+        other.send(get())
+        assert pump(server, other)[0].startswith(b"HTTP/1.1 200")
+        for _ in range(300):
+            client.setblocking(True)
+            client.recv(1 << 16)
+            server.run_once(0)
+        assert len(asked) > before and server.held <= server.params.held_size // 8
+    for _ in range(5):
+        server.run_once(0.01)
+    assert server.held == 0 and not server.connections
+
+
+def test_stalled_streams_do_not_use_up_the_memory_of_others():
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, lambda request, pos, buf: len(buf))
+    httpd.register_httpdcb("test", "p", lambda request, page: page.write(b"x" * 500) and 200)
+    server = httpd.Server(ip="127.0.0.1", port=0)
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(connect(server)) for _ in range(100)]
+        for client in stalled:
+            client.send(get(b"/s"))
+        for _ in range(600):
+            server.run_once(0)
+            assert server.held <= server.params.held_size
+        assert len(server.connections) == 100               # nobody is closed for it
+        assert answers(exchange(server, get(b"/p"))[0])[0].status == 200
+    server.stop(0)
+
+
+def test_suspend_and_resume(server):
+    seen = []
+
+    def handler(request, page):
+        seen.append((request, request.state, len(page)))
+        page.write("from before" if request.state is None else "%s" % request.state)
+        page.set_header("X", "1")
+        if request.state is None:
+            request.state = 0
+            return httpd.SUSPEND
+        return 200
+    httpd.register_httpdcb("test", "h", handler)
+    with connect(server) as client:
+        client.send(get(b"/echo") + get(b"/h") + get(b"/echo"))
+        data, end = pump(server, client)
+        assert len(answers(data)) == 1 and len(seen) == 1   # the answer before it does not wait for it
+        request = seen[0][0]
+        assert not request.closed
+        request.state = 7
+        for _ in range(3):
+            request.resume()
+        found = answers(pump(server, client)[0])
+        assert found[0].body == b"7" and found[0].headers.get_all("X") == ["1"] and found[1].json()["root"] == "echo"
+        request.resume()                                    # all is over
+        assert pump(server, client) == (b"", "open") and [row[1:] for row in seen] == [(None, 0), (7, 0)]
+        client.setblocking(True)
+        client.send(get())
+        assert pump(server, client)[0].startswith(b"HTTP/1.1 200")
+
+
+def test_a_resume_before_the_handler_returns_is_not_lost(server):
+    def handler(request, page):
+        request.state = (request.state or 0) + 1
+        if request.state < 4:
+            request.resume()
+            return httpd.SUSPEND
+        page.write("%d" % request.state)
+        return 200
+    httpd.register_httpdcb("test", "h", handler)
+    assert answers(exchange(server, get(b"/h"))[0])[0].body == b"4"
+    data = exchange(server, get() + get(b"/h") + get(b"/h") + get())[0]
+    assert [answer.body for answer in answers(data)][1:3] == [b"4", b"4"]
+
+
+def test_one_that_resumes_itself_for_ever_delays_nobody(server):
+    def handler(request, page):
+        request.resume()
+        return httpd.SUSPEND
+    httpd.register_httpdcb("test", "h", handler)
+    with connect(server) as client, connect(server) as other:
+        client.send(get(b"/h"))
+        server.run_once(0)
+        other.send(get())
+        assert pump(server, other, 5)[0].startswith(b"HTTP/1.1 200")
+
+
+def park(request, page):
+    """Suspends once, and then answers with its state."""
+    parked.append(request)
+    if request.state is None:
+        return httpd.SUSPEND
+    page.write("%s" % request.state)
+    return 200
+
+
+parked: list = []
+
+
+@pytest.fixture
+def parking(server):
+    parked.clear()
+    httpd.register_httpdcb("test", "park", park)
+    return server
+
+
+@pytest.mark.parametrize("raw", [get(b"/park"), get(b"/park") + get() * 3, get(b"/park") + get() * 3000, b"GET /park HTTP/1.0\r\n\r\n"],
+                         ids=["alone", "requests behind it", "many behind it", "HTTP/1.0"])
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_client_that_goes_away_is_noticed_while_suspended(parking, raw, how):
+    with connect(parking) as client:
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.sendall(raw)
+        for _ in range(3):
+            parking.run_once(0.01)
+        assert not parked[0].closed
+    for _ in range(5):
+        parking.run_once(0.01)
+    assert parked[0].closed and not parking.connections and parking.held == 0
+    parked[0].state = 1
+    parked[0].resume()
+    parking.run_once(0.01)
+    assert len(parked) == 1                                 # it is not called again
+
+
+def test_who_has_only_finished_sending_gets_the_answer(parking):                    # RFC 9112, 9.6
+    with connect(parking) as client:
+        client.send(get(b"/park"))
+        client.shutdown(socket.SHUT_WR)
+        assert pump(parking, client, 5) == (b"HTTP/1.1 100 Continue\r\n\r\n", "open") and not parked[0].closed
+        parked[0].state = 1
+        parked[0].resume()
+        data, end = pump(parking, client, 5)
+        assert answers(data)[0].body == b"1" and end == "closed"
+
+
+def test_a_suspended_request_has_all_the_time(parking):
+    server = httpd.Server(ip="127.0.0.1", port=0, conn_timeout=0.1, request_timeout=0.1)
+    with connect(server) as client:
+        client.send(get(b"/park") + get(b"/echo"))
+        until = time.monotonic() + 2.2                      # two sweeps
+        while time.monotonic() < until:
+            server.run_once(0.2)
+        parked[0].state = "late"
+        parked[0].resume()
+        assert [answer.status for answer in answers(pump(server, client)[0])] == [200, 200]
+    server.stop(0)
+
+
+def test_suspended_requests_wait_without_a_poll_too_many(parking):
+    with connect(parking) as client:
+        client.sendall(get(b"/park") + get() * 1000)
+        for _ in range(10):
+            parking.run_once(0)
+        start, turns = time.monotonic(), 0
+        while time.monotonic() < start + 0.2:
+            parking.run_once(0.2)
+            turns += 1
+        assert turns < 5
+
+
+def test_suspended_requests_get_a_grace_at_the_end(parking):
+    parking.start()
+    with connect(parking) as client, connect(parking) as never:
+        client.send(get(b"/park"))
+        never.send(get(b"/park"))
+        until = time.monotonic() + 10
+        while len(parked) < 2:
+            assert time.monotonic() < until
+        stopper = threading.Thread(target=parking.stop, args=(0.5,))
+        stopper.start()
+        first = next(request for request in parked if request.client == client.getsockname())
+        first.state = "done"
+        first.resume()
+        answer, = answers(read_all(client))
+        assert answer.body == b"done" and answer.headers["Connection"] == "close"
+        stopper.join(10)
+        assert never.recv(10) == b"" and not stopper.is_alive()
+
+
+def test_thousands_of_suspended_requests_resumed_by_many_threads(parking):
+    """Each gets its own answer, once."""
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 200
+    count = min(10000, room)
+    parking.start()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(count):
+            clients.append(stack.enter_context(connect(parking)))
+            clients[-1].send(get(b"/park?%d" % number))
+        until = time.monotonic() + 20
+        while len(parked) < count:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        requests = list(parked)
+
+        def resume(part):
+            for request in requests[part::8]:
+                request.state = request.query
+                request.resume()
+                request.resume()
+        threads = [threading.Thread(target=resume, args=(part,)) for part in range(8)]
+        for thread in threads:
+            thread.start()
+        for number, client in enumerate(clients):
+            answer, = answers(client.recv(1000))
+            assert answer.body == b"%d" % number
+    assert len(parked) == 2 * count
+    parking.stop()
+
+
+def test_commands_that_take_long_delay_nobody(mi, server):                           # OPENSIPS, never 5
+    gate = threading.Event()
+    httpd.register_mi("slow", lambda number: [gate.wait(10), number][1], threads=True)
+    httpd.register_mi("fails", fails, threads=True)
+    httpd.register_mi("quick", lambda: "quick")
+    call = lambda method, ident, *params: {"jsonrpc": "2.0", "method": method, "params": params, "id": ident}
+    server.start()
+
+    def ask_mi(client, calls):
+        body = json.dumps(calls).encode()
+        client.send(post(body, b"Content-Type: application/json", path=b"/mi"))
+    with connect(server) as slow, connect(server) as batch, connect(server) as quick:
+        ask_mi(slow, call("slow", 1, "x"))
+        ask_mi(batch, [call("quick", 1), call("slow", 2, "y"), call("fails", 3, 0), call("slow", 4), {"jsonrpc": "2.0", "method": "slow", "params": [1]}])
+        ask_mi(quick, call("quick", 1))
+        assert answers(quick.recv(1000))[0].json()["result"] == "quick"              # while the others wait
+        gate.set()
+        assert answers(slow.recv(1000))[0].json() == {"jsonrpc": "2.0", "result": "x", "id": 1}
+        found = answers(batch.recv(1000))[0].json()
+        assert [answer.get("result", answer.get("error", {}).get("code")) for answer in found] == ["quick", "y", 404, -32602]
+
+
+def upload_to(server, name="u", **options):
+    """A root that says how many bytes it got, in how many pieces, and their sum."""
+    def upload(request, data):
+        assert request.method in ("POST", "PUT") and request.body == b"" and data
+        request.state = request.state or []
+        request.state.append(data)
+
+    def handler(request, page):
+        pieces = request.state or []
+        page.write(json.dumps([len(pieces), sum(map(len, pieces)), sum(b"".join(pieces)), request.body.decode()]))
+        return 200
+    httpd.register_httpdcb("test", name, handler, upload_data_cb=upload, **options)
+
+
+def chunks(content, size):
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (content[i:i + size] for i in range(0, len(content), size))) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("cut", [*CUTS])
+@pytest.mark.parametrize("coded", [False, True])
+def test_uploads(server, cut, coded):
+    upload_to(server)
+    content = CONTENT[:3000]
+    raw = (chunked(chunks(content, 700)) if coded else post(content)).replace(b"/echo", b"/u")
+    data, end = exchange(server, *CUTS[cut](raw + get() + raw + post(b"", path=b"/u")))
+    first, second, third, fourth = answers(data)
+    assert first.json()[1:] == third.json()[1:] == [3000, sum(content), ""] and second.json()["root"] == "echo" and fourth.json() == [0, 0, 0, ""] and end == "open"
+
+
+def test_an_upload_of_any_size_takes_no_memory(server):
+    total, largest = [0], [0]
+
+    def upload(request, data):
+        total[0] += len(data)
+        largest[0] = max(largest[0], len(data), server.held)
+    httpd.register_httpdcb("test", "u", lambda request, page: 200, upload_data_cb=upload)
+    with server, connect(server) as client:
+        client.sendall(b"POST /u HTTP/1.1\r\n" + HOST + b"Content-Length: 50000000\r\n\r\n")
+        for _ in range(50):
+            client.sendall(b"x" * 1000000)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.sendall(b"POST /u HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n989680\r\n")
+        for _ in range(10):
+            client.sendall(b"x" * 1000000)
+        client.sendall(b"\r\n0\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    assert total == [60000000] and largest[0] <= 2 * httpd.RECEIVE_SIZE
+
+
+def test_an_upload_can_be_refused_early(server, caplog):
+    def upload(request, data):
+        if request.query == "fail":
+            raise KeyError("x")
+        raise httpd.HTTPError(409, "not now", {"Retry-After": "9"})
+    httpd.register_httpdcb("test", "u", lambda request, page: 200, upload_data_cb=upload)
+    upload_to(server, "limited", upload_limit=1000)
+    rows = [(b"/u", 409, b""), (b"/u?fail", 500, b""), (b"/limited", 413, b""), (b"/limited", 413, b"Expect: 100-continue\r\n"), (b"/nowhere", 404, b"")]
+    with server:
+        for path, status, field in rows:
+            with connect(server) as client:
+                client.sendall(b"POST " + path + b" HTTP/1.1\r\n" + HOST + field + b"Content-Length: 5000000\r\n\r\n")
+                if not field:
+                    for _ in range(40):
+                        client.sendall(b"x" * 100000)       # whoever is still sending reads the answer
+                answer, = answers(read_all(client))
+                assert answer.status == status and answer.headers["Connection"] == "close"
+    assert caplog.text.count("Traceback") == 1 and "KeyError" in caplog.text
+
+
+def test_uploads_and_100_continue(server):
+    upload_to(server)
+    with connect(server) as client:
+        client.send(b"POST /u HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+        assert pump(server, client) == (b"HTTP/1.1 100 Continue\r\n\r\n", "open")
+        client.send(b"abc")
+        assert answers(pump(server, client)[0])[0].json() == [1, 3, sum(b"abc"), ""]
+
+
+def test_an_upload_that_drips_is_cut_off():
+    httpd.register_httpdcb("test", "u", lambda request, page: 200, upload_data_cb=lambda request, data: None)
+    with httpd.Server(ip="127.0.0.1", port=0, request_timeout=0.3, conn_timeout=1) as server, connect(server) as client:
+        start, ended = time.monotonic(), b""
+        client.sendall(b"POST /u HTTP/1.1\r\n" + HOST + b"Content-Length: 5000000\r\n\r\n")
+        client.settimeout(0.05)
+        while not ended:
+            assert time.monotonic() < start + 8
+            client.send(b"x")
+            with contextlib.suppress(TimeoutError, socket.timeout):
+                ended = client.recv(1000)
+        assert ended.startswith(b"HTTP/1.1 408")
+
+
+def test_an_upload_may_be_followed_by_a_suspension_and_a_stream(server):
+    got = []
+
+    def handler(request, page):
+        if request.state is None:
+            request.state = "suspended"
+            threading.Timer(0.05, request.resume).start()
+            return httpd.SUSPEND
+        return 200
+    httpd.register_httpdcb("test", "u", handler, flush_content, upload_data_cb=lambda request, data: got.append(data))
+    with server, connect(server) as client:
+        client.sendall(post(b"x" * 100000, path=b"/u"))
+        data = b""
+        while not answers_so_far(data):
+            data += client.recv(1 << 20)
+        assert answers(data)[0].body == CONTENT and len(b"".join(got)) == 100000
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

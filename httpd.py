@@ -17,7 +17,7 @@ or run it as a management server: `python httpd.py example.cfg`.
 How a GET travels through this file:
 
     Server._turn                      one poll; the clock is read once for all that is ready
-      Connection.turn                 runs states until one has to wait
+      Connection.turn                 runs states until one has to wait; with TLS, greet and shake_hands are the first
         Connection.idle               one recv()
         Connection.serve              a head seen before costs a dict look-up, any other comes by
           Connection.next_head        where does it end?
@@ -28,15 +28,18 @@ How a GET travels through this file:
           Connection.respond          puts the head right before the content, in the same buffer
         Connection.flush              one send(); then idle again, or serve, or the end
 
+A handler that has written nothing leaves the content to flush_data_cb: begin_stream instead of respond, then stream and
+flush in turn. One that returns SUSPEND is called again by serve, after Request.resume() and Server._continue.
+
 The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined
 requests, which leave together, are copied out and counted against memory_budget: it is free again when `turn` returns.
 
 The parser knows bytes only. A Connection runs states, and `turn` alone knows "would block". The Server alone knows the
-selector, the time and the set of connections. A server lives in one thread.
+selector, the time and the set of connections. A server lives in one thread; stop, resume and reload_tls are for any.
 """
 from __future__ import annotations
 
-import errno, json, logging, math, os, queue, re, resource, select, selectors, signal, socket, sys, threading, time
+import errno, gc, io, json, logging, math, os, queue, re, resource, select, selectors, signal, socket, sys, threading, time
 from collections import deque
 from email.utils import formatdate
 from functools import cache, partial
@@ -49,7 +52,8 @@ from urllib.parse import parse_qsl, unquote
 
 __version__ = "0.1"
 __all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server",
-           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END"]
+           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END", "register_wsgi",
+           "tls_priority", "tls_context", "TLSPlan"]
 log = logging.getLogger("httpd")
 
 
@@ -1345,8 +1349,8 @@ class Connection:
 
     def suspend(self, request: Request) -> bool:
         """Wait for request.resume(), as long as that takes; the answers to requests before it leave first."""
-        self.request = request
         self.count()
+        self.request = request
         if self.out:
             self.state, self.then = Connection.flush, Connection.suspended
             return True
@@ -1548,7 +1552,8 @@ class Server:
         with server: ...                 start() and stop(): serves in a thread of its own
         server.fileno(), run_once(0)     serves in another program's loop: when readable, and after timeout() seconds
 
-    It listens from the first call of one of these, of port or url: OSError if it cannot. Only stop() is for any thread.
+    It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and reload_tls() are for
+    any thread, and so is Request.resume().
     """
 
     __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
@@ -2183,11 +2188,6 @@ def client_cert(sock: socket.socket) -> Optional[ClientCert]:
 # ------------------------------------------------------------------------------------------------------------- mi_http
 # OpenSIPS' management interface: JSON-RPC 2.0 by POST, and the commands that every server has.
 
-class MICommand(NamedTuple):
-    function: Callable
-    threads: bool
-
-
 class Pool:
     """A few threads for what takes long. They start when there is work, and do not keep the program from ending."""
 
@@ -2206,6 +2206,11 @@ class Pool:
                 self.jobs.get()()
             except Exception:
                 log.exception("a thread of the pool goes on after a fault")
+
+
+class MICommand(NamedTuple):
+    function: Callable
+    threads: bool
 
 
 PENDING = object()                          # the place of an answer that a thread is to bring
@@ -2410,6 +2415,7 @@ def run(**parameters: Any) -> None:
         print("httpd.py %s listens on %s%s" % (__version__, url, every), flush=True)
         for root in roots.values():
             print("  /%s  %s" % (root.name, root.module), flush=True)
+        gc.freeze()                                         # full collections need not look at what was loaded: 3 ms
         server.run()
     finally:
         server.stop(0)

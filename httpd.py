@@ -1518,6 +1518,7 @@ def checked_status(status: Any, page: Page) -> int:
 # -------------------------------------------------------------------------------------------------------------- Server
 
 ACCEPT_BATCH = 64           # connections taken in before those that are there get their turn
+EXPIRE_BATCH = 100          # connections closed for being late, the same
 SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
 DEFER = 1                   # seconds that the kernel waits for a request before it hands out a connection
 servers: set[Server] = set()    # those that listen
@@ -1788,8 +1789,11 @@ class Server:
     def _tick(self) -> None:
         """Once a second: an end to what is over its deadline."""
         self._next_tick = min(self.now + 1, max(self._stop_at, self.now + 0.01))
-        for connection in [connection for connection in self.connections if connection.deadline <= self.now]:
+        late = [connection for connection in self.connections if connection.deadline <= self.now]
+        for connection in late[:EXPIRE_BATCH]:
             connection.expire()
+        if len(late) > EXPIRE_BATCH:                        # a pause of 1 ms, then others have a turn
+            self._next_tick = self.now
         self._set_accepting(not self.stopping)
 
     def _set_accepting(self, wanted: bool) -> None:

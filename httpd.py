@@ -41,6 +41,8 @@ from __future__ import annotations
 
 import errno, gc, io, json, logging, math, os, queue, re, resource, select, selectors, signal, socket, sys, threading, time
 from collections import deque
+from contextlib import closing, suppress
+from contextvars import copy_context
 from email.utils import formatdate
 from functools import cache, partial
 from http import HTTPStatus
@@ -48,7 +50,7 @@ from importlib import import_module
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequence
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, unquote_to_bytes
 
 __version__ = "0.1"
 __all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server",
@@ -794,7 +796,7 @@ def decode_content(length: int, limit: float, overhead: int, write: Callable) ->
     content, which belongs to the next request. 413 as soon as it is over `limit`. `overhead`: bytes that chunk
     extensions and trailers may have.
     """
-    too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size" % limit
+    too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size" % limit
     require(length <= limit, 413, too_large)
     data = bytearray()
     if length != CHUNKED:
@@ -1000,6 +1002,7 @@ RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that o
 TLS_SEND_SIZE = 2**16       # bytes of one send() over TLS: it may have to be repeated from its start
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
 TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
 
@@ -1097,6 +1100,7 @@ class Connection:
             return self.close()
         if first != TLS_HANDSHAKE:
             self.sock = socket.SocketType(self.sock.family, 1, 0, self.sock.detach())
+            self.sock.setblocking(False)
             raise HTTPError(400, "this is the HTTPS port, say https://")
         self.sock.begin_tls(self.server.tls)
         self.deadline = self.server.now + self.server.params.request_timeout
@@ -1238,7 +1242,7 @@ class Connection:
         next(self.content)
         if wanted and not self.received:                    # RFC 9110, 10.1.1
             self.out = self.out or bytearray()
-            self.out += b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.out += CONTINUE
         return self.take_content(self.received)
 
     def receive_content(self) -> bool:
@@ -1287,7 +1291,7 @@ class Connection:
             end = HEADROOM
         start = HEADROOM - len(head)
         if self.received or self.out or start < 0:
-            self.out = out = self.out or bytearray()
+            self.out = out = self.out or bytearray()        # it is one: what the socket did not take is gone before
             out += head
             out += page._view[HEADROOM:end]
         else:
@@ -1378,8 +1382,8 @@ class Connection:
         elif interest == RESET or self.pieces or request._head.version == "HTTP/1.0":
             self.close(cut=True)
         else:
-            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.server.watch(self, RESET)
+            self.sock.send(CONTINUE)
         return False
 
     def write_error(self, error: Exception, head: Optional[Head]) -> int:
@@ -1489,7 +1493,8 @@ class Connection:
     def expire(self) -> None:
         """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
         unsent, streaming = len(self.out), self.state is Connection.stream
-        if self.content or self.state is Connection.receive_head and self.received.strip(b"\r\n"):
+        if self.state is Connection.receive_content or (
+                self.state is Connection.receive_head and self.received.strip(b"\r\n")):
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
         if streaming or self.state is Connection.flush:     # epoll is silent until a third of the buffer is free: try
             self.turn()
@@ -1781,8 +1786,8 @@ class Server:
                 pass
 
     def _woken_up(self) -> None:
-        self._waking = False
         self._woken.recv(64)
+        self._waking = False                                # before what was noted meanwhile is looked at
         if self._stop_at < math.inf and not self.stopping:
             self._begin_stop()
 
@@ -1822,7 +1827,9 @@ class Server:
             connection, before = Connection(self, sock, peer), self.requests
             room = len(self.connections) < self.max_connections or self._make_room()
             self.connections.add(connection)
-            if not room:
+            if not room and self.tls:
+                connection.close()
+            elif not room:
                 connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
             connection.turn()
             if self.requests == before and connection.state in (Connection.idle, Connection.greet):
@@ -1849,7 +1856,7 @@ class Server:
         self._set_accepting(False)
         self._listener.close()
         for connection in list(self.connections):
-            if connection.state is Connection.idle:
+            if connection.state in (Connection.idle, Connection.greet, Connection.shake_hands):
                 connection.close()
             elif connection.then is Connection.idle:        # the response is on its way
                 connection.then = Connection.close
@@ -2401,6 +2408,219 @@ for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_ro
                        "which": mi_which, "uptime": mi_uptime, "ps": mi_ps, "get_statistics": mi_get_statistics,
                        "version": lambda: {"Server": "httpd.py " + __version__}}.items():
     register_mi(name, function)
+
+
+# ---------------------------------------------------------------------------------------------------------------- WSGI
+# PEP 3333 on the public callbacks: a response is an iterator of pieces of content, which flush_data_cb hands out.
+
+WSGI_STATUS = re.compile("[2-5][0-9]{2}( [\t -~\x80-\xff]*)?")
+SPOOL_SIZE = 2**13          # bytes of content that are held in memory before a temporary file takes them
+AHEAD_SIZE = 2**16          # bytes that an application's thread may be ahead of the client
+
+
+def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]:
+    """PEP 3333's dictionary, bytes as latin-1. A field name with _ could pass for the one with -, and is left out."""
+    from wsgiref.util import FileWrapper
+    script, absolute = "/" + request.root, ABSOLUTE_FORM.fullmatch(request.target)
+    path = unquote_to_bytes(absolute[3] if absolute else request.target.partition("?")[0]).decode("latin-1")
+    path = path if path[:1] == "/" else "/"                 # of http://host, and of *
+    (server, port), (client, client_port) = request.server, request.client
+    environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.headers.items()
+               if "_" not in name and name != "transfer-encoding"}
+    for name in environ.keys() & {"HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"}:
+        environ[name[5:]] = environ.pop(name)
+    if content:
+        environ["CONTENT_LENGTH"] = str(content.tell())     # known even if it came in chunks
+        content.seek(0)
+    environ.update({
+        "REQUEST_METHOD": request.method, "SCRIPT_NAME": script if request.root else "",
+        "PATH_INFO": path[len(script):] if request.root else path, "QUERY_STRING": request.query,
+        "SERVER_PROTOCOL": request.version, "SERVER_NAME": server, "SERVER_PORT": str(port),
+        "REMOTE_ADDR": client, "REMOTE_PORT": str(client_port),
+        "wsgi.version": (1, 0), "wsgi.url_scheme": request.scheme, "wsgi.input": content or io.BytesIO(),
+        "wsgi.input_terminated": True, "wsgi.errors": sys.stderr, "wsgi.multithread": threads > 1,
+        "wsgi.multiprocess": False, "wsgi.run_once": False,
+        "wsgi.file_wrapper": lambda file, size=0: FileWrapper(file, AHEAD_SIZE)})
+    return environ
+
+
+class WSGIResponse:
+    """What an application says by start_response(), write(), which hands on to `put`, and its iterable."""
+
+    def __init__(self, to_head: bool, put: Callable[[bytes], Any]):
+        self.to_head = to_head
+        self.put = put
+        self.status, self.headers = 0, []
+        self.length = self.size = None      # bytes of all the content: as Content-Length says; as a list has them
+        self.count = 0                      # bytes so far; after the first, the head is on its way
+
+    def start(self, status: str, headers: list, exc_info: Any = None) -> Callable[[bytes], None]:
+        """start_response(). The reason phrase is lost, the server has its own; so are fields that the server sets."""
+        if exc_info and self.count:
+            raise exc_info[1].with_traceback(exc_info[2])
+        if self.status and not exc_info:
+            raise RuntimeError("start_response() has been called already")
+        if not WSGI_STATUS.fullmatch(status):
+            raise ValueError("no status from 200 to 599: %r" % status)
+        fields: dict[str, str] = {}
+        self.headers = []
+        for name, value in headers:
+            check_field(name, value)
+            key = name.lower()
+            if key in fields and key != "set-cookie":       # a list, RFC 9110, 5.3, which replaces its beginning
+                value = fields[key] + ", " + value
+            fields[key] = value
+            if key not in OWN_FIELDS:
+                self.headers.append((name, value))
+        self.length = int(fields["content-length"]) if "content-length" in fields else None
+        self.status = int(status[:3])
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """PEP 3333's older way to send."""
+        if self.wants(data):
+            self.put(data)
+
+    def wants(self, piece: bytes) -> bool:
+        """Is this to be sent?"""
+        if not isinstance(piece, bytes):
+            raise TypeError("the application has made %r, not bytes" % type(piece))
+        if piece and not self.status:
+            raise RuntimeError("the application has not called start_response()")
+        self.count += len(piece)
+        if self.length is not None and self.count > self.length:
+            raise RuntimeError("the application has made more than its Content-Length of %d" % self.length)
+        return piece != b"" and not self.to_head and self.status not in (204, 304)
+
+    def pieces(self, app: Callable, environ: dict[str, Any], written: Any) -> Generator[bytes, None, None]:
+        """Run the application, with context variables of its own: Flask keeps there who is asking, and others have their
+        turn between the pieces. The iterable is closed however this ends, be it with its last reference."""
+        run = copy_context().run
+        with environ["wsgi.input"], written:
+            result = run(app, environ, self.start)
+            try:
+                if isinstance(result, (list, tuple)):
+                    self.size = self.count + sum(map(len, result))
+                written.seek(0)
+                yield from iter(lambda: written.read(AHEAD_SIZE), b"")
+                for piece in iter(partial(run, next, run(iter, result), self), self):
+                    if self.wants(piece):
+                        yield piece
+                    elif piece:
+                        break                               # nobody wants the rest
+                if not self.status:
+                    raise RuntimeError("the application has not called start_response()")
+            finally:
+                run(getattr(result, "close", int))
+
+    def begin(self, page: Page, piece: memoryview) -> int:
+        """Put the fields on the page, and the first piece if it is the only one. Returns the status."""
+        for name, value in self.headers:
+            page.set_header(name, value)
+        length = self.size if self.length is None else self.length
+        if length is not None:
+            page.set_header("Content-Length", str(length))
+        if length == self.size == len(piece):
+            with suppress(BufferError):
+                page.write(piece)
+        return self.status
+
+
+class Handover:
+    """An iterator of pieces that another thread makes. As long as the next one is not there, it gives b""."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.queue: list[bytes] = []
+        self.size = 0                       # bytes in it
+        self.changed = threading.Condition()
+        self.end: Optional[BaseException] = None
+
+    def fill(self, pieces: Generator[bytes, None, None]) -> None:
+        """What the thread does."""
+        request, end = self.request, StopIteration()
+        try:
+            with closing(pieces):
+                for piece in () if request.closed else pieces:
+                    self.put(piece)
+        except BaseException as error:
+            end = error
+            if request.closed and not isinstance(error, BrokenPipeError):
+                log.exception("an application failed, whose client is gone")
+        self.request, self.end = None, end                  # a cycle less
+        request.resume()
+
+    def put(self, piece: bytes) -> None:
+        """Wait until the client has taken what is here, if it is much. BrokenPipeError if the client is gone."""
+        with self.changed:
+            while self.size > AHEAD_SIZE and not self.request.closed:
+                self.changed.wait(1)                        # nobody tells when the client goes
+            if self.request.closed:
+                raise BrokenPipeError("the client is gone")
+            self.queue.append(piece)
+            self.size += len(piece)
+        self.request.resume()
+
+    def __next__(self) -> bytes:
+        with self.changed:
+            end, piece = self.end, b"".join(self.queue)
+            self.queue, self.size = [], 0
+            self.changed.notify()
+        if end and not piece:
+            raise end
+        return piece
+
+
+def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
+    """The flush_data_cb: as much of a piece as there is room for."""
+    state = request.state
+    if not state.rest:
+        piece = next(state.pieces, None)
+        if piece is None:
+            return END
+        state.rest = memoryview(piece)
+    size = min(len(state.rest), len(buf))
+    buf[:size], state.rest = state.rest[:size], state.rest[size:]
+    return size
+
+
+def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 0) -> None:
+    """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what no other root takes.
+
+    threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable is read as the client
+              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further requests wait: one
+              that streams events keeps a thread. That its client has gone, an application learns by BrokenPipeError
+              from write(), or by GeneratorExit where it yields
+
+    Content of requests is in memory or a temporary file, whose limit is wsgi_body_size as it is now; larger: 413.
+    Raises ConfigError as register_httpdcb(). Any thread.
+    """
+    from tempfile import SpooledTemporaryFile
+    if not callable(app) or not isinstance(threads, int) or threads < 0:
+        raise ConfigError("%s: no application, or no number of threads: %r, %r" % (module, app, threads))
+    pool = Pool(threads)
+
+    def upload(request: Request, data: bytes) -> None:
+        request.state = request.state or SpooledTemporaryFile(SPOOL_SIZE)
+        request.state.write(data)
+
+    def answer(request: Request, page: Page) -> int:
+        if not isinstance(request.state, SimpleNamespace):  # it is the content, or None
+            handover, written = Handover(request) if threads else None, SpooledTemporaryFile(SPOOL_SIZE)
+            response = WSGIResponse(request.method == "HEAD", handover.put if handover else written.write)
+            pieces = response.pieces(app, wsgi_environ(request, request.state, threads), written)
+            request.state = SimpleNamespace(response=response, pieces=handover or pieces, rest=b"")
+            if handover:
+                pool.submit(partial(handover.fill, pieces))
+        piece = next(request.state.pieces, None)
+        if piece == b"":
+            return SUSPEND
+        request.state.rest = memoryview(piece or b"")
+        return request.state.response.begin(page, request.state.rest)
+
+    register_httpdcb(module, root_path, answer, flush_wsgi, content_type="", upload_data_cb=upload,
+                     methods=("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"),
+                     upload_limit=in_force("httpd")["wsgi_body_size"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -1,8 +1,10 @@
 """Tests of httpd.py, in the order of the file. A row is (raw bytes, what must come of it, why)."""
 import ast
 import contextlib
+import contextvars
 import errno
 import gc
+import hashlib
 import http.client
 import io
 import json
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import wsgiref.validate
 
 import pytest
 
@@ -2217,6 +2220,51 @@ def test_a_suite_that_cannot_be_switched_off_is_not_used(https, monkeypatch):
         client.exchange(get())
 
 
+def test_too_many_connections_with_tls(https, caplog):
+    server = https("ec", max_connections=1)
+    with TLSClient(server.port) as client:
+        client.handshake()
+        client.tls.write(get(b"/large") * 20)               # the only connection is sending: nobody can make room
+        client.push()
+        until = time.monotonic() + 5
+        while not server.held:
+            assert time.monotonic() < until
+        with TLSClient(server.port) as other, pytest.raises((ssl.SSLError, OSError)):
+            other.handshake()
+            other.exchange(get())
+    assert "fault" not in caplog.text
+
+
+def test_plain_http_in_a_program_with_a_default_timeout(https):
+    server = https("ec")
+    socket.setdefaulttimeout(3)
+    try:
+        with connect(server) as plain:
+            plain.sendall(get())
+            assert plain.recv(1000)
+            start = time.monotonic()
+            with TLSClient(server.port) as client:
+                client.handshake()
+                assert client.exchange(get())[0].status == 200
+            assert time.monotonic() - start < 2
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_stop_does_not_wait_for_half_a_handshake(https):
+    server = https("ec")
+    with TLSClient(server.port) as client:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.tls.do_handshake()
+        client.sock.sendall(client.outer.read()[:-1])
+        until = time.monotonic() + 5
+        while not server.connections:
+            assert time.monotonic() < until
+        start = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start < 5
+
+
 # ------------------------------------------------------------------------------------------------------------- mi_http
 
 @pytest.fixture
@@ -2864,6 +2912,578 @@ def test_an_upload_may_be_followed_by_a_suspension_and_a_stream(server):
         while not answers_so_far(data):
             data += client.recv(1 << 20)
         assert answers(data)[0].body == CONTENT and len(b"".join(got)) == 100000
+
+
+def test_a_time_out_behind_answers_that_nobody_reads_ends_that_connection_only():
+    httpd.register_httpdcb("test", "large", lambda request, page: page.write(b"x" * 1000000) and 200)
+    with httpd.Server(ip="127.0.0.1", port=0, conn_timeout=0.3, request_timeout=0.3) as server, connect(server) as client:
+        client.sendall(get(b"/large") * 10 + post(b"x" * 900)[:-100])
+        until = time.monotonic() + 10
+        while not server.accepted or server.connections:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert raw_get(server.port, raw=get(b"/large")) == 200
+
+
+def test_the_question_to_a_half_closed_client_whose_socket_is_full_is_left_out(parking):
+    with connect(parking) as client:
+        client.send(get(b"/park"))
+        settle(parking, lambda: parked)
+        connection, = parking.connections
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection.sock.send(b"x" * 1000)
+        client.shutdown(socket.SHUT_WR)
+        settle(parking, lambda: connection.interest == httpd.RESET)
+        start, turns = time.monotonic(), 0
+        while time.monotonic() < start + 0.2:
+            parking.run_once(0.2)
+            turns += 1
+        assert turns < 5 and connection.state is httpd.Connection.suspended
+
+
+def settle(server, until):
+    """Turns until it is so."""
+    limit = time.monotonic() + 5
+    while not until():
+        assert time.monotonic() < limit
+        server.run_once(0.02)
+
+
+def test_a_resume_while_the_loop_wakes_up_is_not_lost(parking):
+    """Between the reading of the byte that wakes the loop and the note that it has been read."""
+    real = None
+
+    class Woken:
+        def recv(self, size):
+            data = real.recv(size)
+            thread = threading.Thread(target=parking._wake_up)
+            thread.start(), thread.join()
+            return data
+
+        def close(self):
+            real.close()
+    parking.fileno()
+    real, parking._woken = parking._woken, Woken()
+    parking.start()
+    for _ in range(3):
+        with connect(parking) as client:
+            client.send(get(b"/park"))
+            until = time.monotonic() + 5
+            while not parked:
+                assert time.monotonic() < until
+            request, start = parked[-1], time.monotonic()
+            time.sleep(0.02)
+            request.state = 1
+            request.resume()
+            assert client.recv(1000).startswith(b"HTTP/1.1 200") and time.monotonic() - start < 0.5
+            parked.clear()
+    parking.stop()
+
+
+def test_connections_that_are_late_together_are_closed_in_parts():
+    httpd.register_httpdcb("test", "echo", echo)
+    server = httpd.Server(ip="127.0.0.1", port=0, conn_timeout=0.1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(250):
+            client = stack.enter_context(connect(server))
+            client.send(get())
+        settle(server, lambda: server.requests == 250)
+        settle(server, lambda: len(server.connections) <= 150)
+        assert len(server.connections) == 150 and server.timeout() == 0
+        settle(server, lambda: not server.connections)
+    server.stop(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- WSGI
+
+@pytest.fixture
+def running():
+    """A server in a thread."""
+    with httpd.Server(ip="127.0.0.1", port=0) as server:
+        yield server
+        server.stop(0)
+
+
+def mount(app, threads=0, root="app"):
+    httpd.register_wsgi("test", root, app, threads=threads)
+
+
+def fetch(server, raw=None, method="GET", path="/app", fields=""):
+    """All that comes of one request, and how it ended; the answer is taken apart if it is whole."""
+    raw = raw or ("%s %s HTTP/1.1\r\nHost: example\r\nConnection: close\r\n%s\r\n" % (method, path, fields)).encode()
+    with connect(server) as client:
+        client.sendall(raw)
+        data = read_all(client)
+    try:
+        answer, = answers(data, method)
+    except http.client.IncompleteRead:
+        return data, None
+    return data, answer
+
+
+def until(condition, why=None):
+    """Threads have their own time."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, why
+        time.sleep(0.002)
+
+
+def inspect(environ, start_response):
+    """Says what it has been given."""
+    told = {name: value for name, value in environ.items() if isinstance(value, str)}
+    told["body"] = environ["wsgi.input"].read().decode("latin-1")
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(told).encode()]
+
+
+BODY = b"Content-Length: 3\r\n\r\nabc"
+ENVIRON_ROWS = [
+    (b"GET /app", b"\r\n", {"SCRIPT_NAME": "/app", "PATH_INFO": "", "QUERY_STRING": "", "REQUEST_METHOD": "GET"}, "the mount itself"),
+    (b"GET /app/", b"\r\n", {"SCRIPT_NAME": "/app", "PATH_INFO": "/"}, "with a slash"),
+    (b"GET /app/a%20b%2Fc;d?x=1&y=%20", b"\r\n", {"PATH_INFO": "/a b/c;d", "QUERY_STRING": "x=1&y=%20"}, "decoded once, the query not at all"),
+    (b"GET /app/%25%32%46", b"\r\n", {"PATH_INFO": "/%2F"}, "once is not twice"),
+    (b"GET /app/%FF%C3%A4", b"\r\n", {"PATH_INFO": "/\xff\xc3\xa4"}, "bytes that are no UTF-8 are kept, as latin-1"),
+    (b"GET /%61pp/x", b"\r\n", {"SCRIPT_NAME": "/app", "PATH_INFO": "/x"}, "an encoded root is the root"),
+    (b"GET /app%2Fx", b"\r\n", {"SCRIPT_NAME": "/app", "PATH_INFO": "/x"}, "so is its slash"),
+    (b"GET http://elsewhere/app/x?y", b"\r\n", {"SCRIPT_NAME": "/app", "PATH_INFO": "/x", "QUERY_STRING": "y", "HTTP_HOST": "elsewhere"}, "absolute-form"),
+    (b"GET /appx/y", b"\r\n", {"SCRIPT_NAME": "", "PATH_INFO": "/appx/y"}, "mounted at the root"),
+    (b"GET /", b"\r\n", {"SCRIPT_NAME": "", "PATH_INFO": "/"}, "the root itself"),
+    (b"GET http://elsewhere", b"\r\n", {"SCRIPT_NAME": "", "PATH_INFO": "/"}, "absolute-form without a path"),
+    (b"OPTIONS *", b"\r\n", {"PATH_INFO": "/", "REQUEST_METHOD": "OPTIONS"}, "PATH_INFO begins with a slash"),
+    (b"GET /app", b"X_Real-IP: evil\r\nX-Real-IP: good\r\nX_A: b\r\n\r\n", {"HTTP_X_REAL_IP": "good", "HTTP_X_A": None}, "names with _ are left out"),
+    (b"GET /app", b"X-A: b\r\nX-A: c\r\nCookie: d=e\r\nCookie: f=g\r\n\r\n", {"HTTP_X_A": "b, c", "HTTP_COOKIE": "d=e; f=g"}, "several of a name"),
+    (b"GET /app", b"X-A: \xe4\r\n\r\n", {"HTTP_X_A": "\xe4"}, "a field is latin-1"),
+    (b"GET /app", b"\r\n", {"CONTENT_LENGTH": None, "CONTENT_TYPE": None, "HTTP_CONTENT_LENGTH": None, "body": ""}, "no content"),
+    (b"POST /app", b"Content-Length: 0\r\n\r\n", {"CONTENT_LENGTH": "0", "body": ""}, "content of no bytes"),
+    (b"POST /app", b"Content-Type: text/x\r\n" + BODY, {"CONTENT_LENGTH": "3", "CONTENT_TYPE": "text/x", "HTTP_CONTENT_TYPE": None, "HTTP_CONTENT_LENGTH": None,
+                                                         "body": "abc"}, "content"),
+    (b"POST /app", b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", {"CONTENT_LENGTH": "3", "HTTP_TRANSFER_ENCODING": None, "body": "abc"}, "chunks"),
+    *[(method + b" /app", BODY, {"REQUEST_METHOD": method.decode(), "body": "abc"}, method.decode()) for method in (b"GET", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")],
+]
+
+
+@pytest.mark.parametrize("begin, rest, expected", [row[:3] for row in ENVIRON_ROWS], ids=[row[3] for row in ENVIRON_ROWS])
+def test_environ(server, begin, rest, expected):
+    mount(inspect), mount(inspect, root="")
+    answer, = answers(exchange(server, begin + b" HTTP/1.1\r\n" + HOST + rest)[0])
+    told = answer.json()
+    assert answer.status == 200 and {name: told.get(name) for name in expected} == expected
+    assert told["SERVER_PORT"] == str(server.port) and told["SERVER_NAME"] == told["REMOTE_ADDR"] == "127.0.0.1" and told["SERVER_PROTOCOL"] == "HTTP/1.1"
+
+
+@wsgiref.validate.validator
+def reads_and_tells(environ, start_response):
+    """Reads its input in every way, and answers in pieces."""
+    content = environ["wsgi.input"]
+    lines = [content.read(2), content.readline(), *content.readlines(3), *content, content.read(1)]
+    start_response("200 OK", [("Content-Type", "text/plain"), ("X-Method", environ["REQUEST_METHOD"])])
+    return iter(lines if any(lines) else [b"", b"no", b"thing"])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_validator_is_silent(running, threads, capfd):
+    mount(reads_and_tells, threads)
+    lines = b"first\nsecond\nthird\nfourth"
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        for fields in ("", "Content-Length: 25\r\n\r\n" + lines.decode(), "Transfer-Encoding: chunked\r\n\r\n19\r\n" + lines.decode() + "\r\n0\r\n"):
+            answer = fetch(running, method=method, path="/app/x?y=z", fields=fields)[1]
+            assert answer.status == 200 and answer.headers["X-Method"] == method, answer.body
+            assert answer.body == (b"" if method == "HEAD" else lines if fields else b"nothing")
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+
+
+class Pieces:
+    """An iterable that counts how often it is closed; an exception among the pieces is raised."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.closed, self.given = iter(pieces), 0, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        piece = next(self.pieces)
+        if isinstance(piece, Exception):
+            raise piece
+        self.given += 1
+        return piece
+
+    def close(self):
+        self.closed += 1
+
+
+def says(result, status="200 OK", headers=(), written=()):
+    """An application that answers so; a function makes what it returns."""
+    def app(environ, start_response):
+        write = start_response(status, list(headers))
+        for data in written:
+            write(data)
+        return result(environ) if callable(result) else result
+    return app
+
+
+def late(environ, start_response):
+    yield b""
+    start_response("201 Created", [("X-Late", "yes")])
+    yield b""
+    yield b"late"
+
+
+def changes_its_mind(environ, start_response):
+    start_response("200 OK", [("X-First", "1"), ("Content-Length", "3")])
+    try:
+        raise KeyError("no")
+    except KeyError:
+        start_response("503 Busy", [("X-Second", "2")], sys.exc_info())
+    return [b"busy"]
+
+
+def from_file(environ):
+    return environ["wsgi.file_wrapper"](io.BytesIO(b"x" * 200000), 512)
+
+
+LENGTH = lambda number: [("Content-Length", str(number))]
+RESPONSE_ROWS = [       # application; status, fields and content; how it is framed
+    (says([b"abc"]), 200, {"Content-Length": "3"}, b"abc", "a list of one"),
+    (says((b"a", b"", b"bc")), 200, {"Content-Length": "3"}, b"abc", "a tuple of three"),
+    (says([]), 200, {"Content-Length": "0"}, b"", "an empty list"),
+    (says(lambda environ: iter([])), 200, {"Transfer-Encoding": "chunked"}, b"", "an empty iterator"),
+    (says(lambda environ: iter([b"a", b"", b"bc"])), 200, {"Transfer-Encoding": "chunked", "Content-Length": None}, b"abc", "an iterator"),
+    (says(lambda environ: iter([b"a", b"bc"]), headers=LENGTH(3)), 200, {"Transfer-Encoding": None, "Content-Length": "3"}, b"abc", "its own Content-Length"),
+    (says([b"x" * 3000000]), 200, {"Content-Length": "3000000"}, b"x" * 3000000, "a list larger than the page"),
+    (says([b"x" * 300000] * 3), 200, {"Content-Length": "900000"}, b"x" * 900000, "a list of large ones"),
+    (says(from_file, headers=LENGTH(200000)), 200, {"Content-Length": "200000"}, b"x" * 200000, "wsgi.file_wrapper"),
+    (late, 201, {"X-Late": "yes"}, b"late", "start_response() as late as the iteration"),
+    (changes_its_mind, 503, {"X-First": None, "X-Second": "2", "Content-Length": "4"}, b"busy", "a second start_response() with exc_info"),
+    (says([], written=[b"", b"ab", b"c"]), 200, {}, b"abc", "write()"),
+    (says([b"c", b"d"], written=[b"a", b"b" * 200000]), 200, {}, b"a" + b"b" * 200000 + b"cd", "write() and more than memory holds"),
+    (says(lambda environ: iter([b"c"]), written=[b"ab"]), 200, {"Transfer-Encoding": "chunked"}, b"abc", "write() and an iterator"),
+    (says([b"abc"], "204 No Content"), 204, {"Content-Length": None, "Transfer-Encoding": None}, b"", "204 has no content"),
+    (says(lambda environ: iter([b"abc"]), "304 Not Modified", [("ETag", '"x"')]), 304, {"ETag": '"x"', "Transfer-Encoding": None}, b"", "304 neither"),
+    (says([b"abc"], "404 No idea", [("Content-Type", "x/y")]), 404, {"Content-Type": "x/y"}, b"abc", "a status"),
+    (says([b"abc"], "299"), 299, {"Content-Type": None}, b"abc", "no reason, no type"),
+    (says([b"abc"], headers=[("Vary", "a"), ("Set-Cookie", "a=b"), ("vary", "c"), ("Set-Cookie", "d=e")]), 200, {"Vary": "a, c"}, b"abc", "several of a name"),
+    (says([b"abc"], headers=[("Connection", "x"), ("keep-alive", "x"), ("Date", "x"), ("Transfer-Encoding", "x"), ("Upgrade", "x"), ("Server", "x")]), 200,
+     {"Connection": "close", "Transfer-Encoding": None, "Keep-Alive": None, "Upgrade": None, "Server": "x"}, b"abc", "fields that are the server's"),
+]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("app, status, fields, content", [row[:4] for row in RESPONSE_ROWS], ids=[row[4] for row in RESPONSE_ROWS])
+def test_responses(running, threads, app, status, fields, content):
+    mount(app, threads)
+    data, answer = fetch(running)
+    assert answer.status == status and answer.body == content and {name: answer.headers[name] for name in fields} == fields
+    assert len(answer.headers.get_all("Date")) == 1 and answer.headers["Date"] != "x" and data.count(b"Set-Cookie") in (0, 2)
+    data, answer = fetch(running, method="HEAD")
+    same = {name: value for name, value in fields.items() if name != "Transfer-Encoding"}
+    assert answer.status == status and data.endswith(b"\r\n\r\n") and {name: answer.headers[name] for name in same} == same
+
+
+def test_head_keeps_the_length_that_the_application_says(running):
+    for root, threads in (("loop", 0), ("pool", 1)):
+        mount(says([], headers=LENGTH(12)), threads, root)
+        assert fetch(running, method="HEAD", path="/" + root)[1].headers["Content-Length"] == "12"
+
+
+def wrong(*headers, status="200 OK"):
+    return lambda environ, start_response: (start_response(status, list(headers)), [b"x"])[1]
+
+
+def twice(environ, start_response):
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return [b"x"]
+
+
+def raises(environ, start_response):
+    raise KeyError("before")
+
+
+def too_late(environ, start_response):
+    yield from says([b"x"])(environ, start_response)
+    try:
+        raise KeyError("too late")
+    except KeyError:
+        start_response("500 No", [], sys.exc_info())
+
+
+FAULT_ROWS = [          # application; the content that has left before the connection is cut, None: 500; what the log says
+    (raises, None, "KeyError: 'before'", "an exception"),
+    (says(lambda environ: Pieces(KeyError("first"))), None, "KeyError: 'first'", "an exception instead of the first piece"),
+    (says(lambda environ: Pieces(b"", KeyError("first"))), None, "KeyError: 'first'", "an exception after an empty piece"),
+    (lambda environ, start_response: [b"x"], None, "has not called start_response", "no start_response()"),
+    (lambda environ, start_response: [], None, "has not called start_response", "no start_response(), and nothing else"),
+    (lambda environ, start_response: None, None, "TypeError: 'NoneType'", "nothing returned"),
+    (says(None), None, "TypeError: 'NoneType'", "nothing to iterate over"), (says("text"), None, "TypeError.*'str'", "str"),
+    (says(["text"]), None, "TypeError.*'str'", "a list of str"), (says([None]), None, "TypeError", "a list of None"),
+    (says([], written=["text"]), None, "TypeError.*'str'", "write(str)"),
+    (twice, None, "has been called already", "start_response() twice"),
+    (wrong(status="20 OK"), None, "no status", "a short status"), (wrong(status="100 Continue"), None, "no status", "1xx"),
+    (wrong(status="200 O\nK"), None, "no status", "LF in the status"), (wrong(status=200), None, "TypeError", "a number as status"),
+    (wrong(("A", "b\r\nC: d")), None, "may not stand", "CR LF in a value"), (wrong(("A:", "b")), None, "may not stand", "a name that is none"),
+    (wrong(("A", "\u20ac")), None, "may not stand", "a value that is not latin-1"), (wrong(("A", 1)), None, "TypeError", "a number as value"),
+    (wrong((b"A", "b")), None, "TypeError", "bytes as name"), (wrong(("Content-Length", "x")), None, "ValueError", "a Content-Length that is no number"),
+    (wrong(("Content-Length", "0")), None, "more than its Content-Length of 0", "more than its Content-Length at once"),
+    (wrong(("Content-Length", "2")), b"", "before the Content-Length", "less than its Content-Length"),
+    (says(lambda environ: Pieces(b"ab", KeyError("second"))), b"ab", "KeyError: 'second'", "an exception in the middle"),
+    (says(lambda environ: Pieces(b"ab", KeyError("second")), headers=LENGTH(9)), b"ab", "KeyError: 'second'", "the same in a known length"),
+    (says(lambda environ: Pieces(b"ab", "text")), b"ab", "TypeError", "str in the middle"),
+    (says(lambda environ: Pieces(b"ab", b"cd"), headers=LENGTH(3)), b"ab", "more than its Content-Length of 3", "too much in the end"),
+    (too_late, b"x", "KeyError: 'too late'", "exc_info after the head: raised again"),
+]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("app, sent, logged", [row[:3] for row in FAULT_ROWS], ids=[row[3] for row in FAULT_ROWS])
+def test_faults_of_the_application(running, caplog, threads, app, sent, logged):
+    mount(app, threads)
+    data, answer = fetch(running)
+    if sent is None or answer and answer.status == 500:     # a thread may fail before its first piece has left
+        assert answer.status == 500 and b"the log of the server says why" in answer.body
+    else:
+        assert answer is None and data.startswith(b"HTTP/1.1 200 OK\r\n") and sent in data and not data.endswith(b"\r\n0\r\n\r\n")
+    assert re.search(logged, caplog.text) and caplog.text.count("ERROR") == 1
+    assert raises_nothing(running)
+
+
+def raises_nothing(server):
+    """The server is as good as before."""
+    mount(says([b"well"]), root="well")
+    return fetch(server, path="/well")[1].body == b"well"
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_the_iterable_is_closed_once(running, threads, caplog):
+    results = {"ended": Pieces(b"a", b"b"), "failed": Pieces(b"a", KeyError("x")), "failed_first": Pieces(KeyError("x")), "empty": Pieces(),
+               "unknown_type": Pieces(b"a", "b"), "no_content": Pieces(b"a", b"b"), "short": Pieces(b"a")}
+    fields = {"short": LENGTH(9)}
+
+    def app(environ, start_response):
+        name = environ["PATH_INFO"][1:]
+        start_response("204 No Content" if name == "no_content" else "200 OK", fields.get(name, []))
+        return results[name]
+    mount(app, threads)
+    for name, result in results.items():
+        fetch(running, path="/app/" + name)
+        until(lambda: result.closed, name)
+        assert result.closed == 1, name
+    results["head"] = Pieces(*[b"a"] * 5)
+    assert fetch(running, method="HEAD", path="/app/head")[1].status == 200
+    until(lambda: results["head"].closed)
+    assert results["head"].given == 1                       # nobody wants the rest
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_client_that_goes_ends_its_application(running, threads, caplog):
+    given, closed = [], threading.Event()
+
+    def endless(environ, start_response):
+        start_response("200 OK", [])
+        try:
+            while True:
+                given.append(len(given))
+                yield b"x" * 10000
+        finally:
+            closed.set()
+    mount(endless, threads)
+    with connect(running) as client:
+        client.sendall(get(b"/app"))
+        assert client.recv(12) == b"HTTP/1.1 200"
+        until(lambda: len(given) > 2)
+        time.sleep(0.05)
+        ahead = len(given)
+        time.sleep(0.05)
+        assert len(given) == ahead < 1000, "it waits for the client"
+        assert not closed.is_set()
+    gc.disable()
+    try:
+        assert closed.wait(3), "closed without the help of the garbage collector"
+    finally:
+        gc.enable()
+    assert raises_nothing(running) and not caplog.text
+
+
+def test_a_client_that_goes_before_its_turn_is_not_served(running):
+    go, calls = threading.Event(), []
+
+    def waits(environ, start_response):
+        calls.append(environ["PATH_INFO"])
+        go.wait(5)
+        return says([b"done"])(environ, start_response)
+    mount(waits, 1)
+    with connect(running) as first, connect(running) as second, connect(running) as third:
+        first.sendall(get(b"/app/1", b"Connection: close"))
+        until(lambda: calls)
+        second.sendall(get(b"/app/2"))
+        third.sendall(get(b"/app/3", b"Connection: close"))
+        until(lambda: len(running.connections) == 3)
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        second.close()                                      # with a reset
+        until(lambda: len(running.connections) == 2)
+        go.set()
+        assert answers(read_all(first))[0].body == answers(read_all(third))[0].body == b"done"
+    assert calls == ["/1", "/3"]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_interleaved_applications_keep_their_context_variables(running, threads, capfd):
+    path = contextvars.ContextVar("path")
+
+    def tells(environ, start_response):
+        start_response("200 OK", [])
+        token = path.set(environ["PATH_INFO"].encode())
+        try:
+            for _ in range(200):
+                yield path.get() * 10000
+        finally:
+            path.reset(token)                               # ValueError in another context
+    mount(tells, threads)
+    clients = [connect(running) for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.sendall(get(b"/app/%d" % number, b"Connection: close"))
+    clients.pop().close()
+    for number, client in enumerate(clients):
+        assert answers(read_all(client))[0].body == b"/%d" % number * 2000000
+        client.close()
+    until(lambda: not running.connections)
+    assert capfd.readouterr() == ("", "")                   # where Python tells what fails in a finalizer
+
+
+def test_a_slow_application_in_threads_delays_nobody(running):
+    go = threading.Barrier(3)
+
+    def slow(environ, start_response):
+        go.wait(5)
+        yield from says([b"slow"])(environ, start_response)
+    mount(slow, 2)
+    with connect(running) as first, connect(running) as second:
+        first.sendall(get(b"/app", b"Connection: close"))
+        second.sendall(get(b"/app", b"Connection: close"))
+        until(lambda: go.n_waiting == 2)
+        begin = time.monotonic()
+        assert raises_nothing(running) and time.monotonic() - begin < 1
+        go.wait(5)
+        assert answers(read_all(first))[0].body == answers(read_all(second))[0].body == b"slow"
+
+
+def test_a_piece_is_sent_while_the_application_makes_the_next(running):
+    go = threading.Semaphore(0)
+
+    def events(environ, start_response):
+        write = start_response("200 OK", [("Content-Type", "text/event-stream")])
+        write(b"first")
+        go.acquire(timeout=5)
+        return then()
+
+    def then():
+        for piece in (b"second", b"third"):
+            yield piece
+            go.acquire(timeout=5)
+    mount(events, 1)
+    with connect(running) as client:
+        client.sendall(get(b"/app"))
+        for piece in (b"first", b"second", b"third", b"0\r\n\r\n"):
+            data = b""
+            while piece not in data:
+                data += client.recv(1000)
+            go.release()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_large_download_at_the_readers_pace(running, threads):
+    given = []
+
+    def large(environ, start_response):
+        start_response("200 OK", [("Content-Length", str(40 << 20))])
+        for number in range(640):
+            given.append(number)
+            yield bytes([number % 251]) * 65536
+    mount(large, threads)
+    with connect(running) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.sendall(get(b"/app", b"Connection: close"))
+        time.sleep(0.1)
+        assert len(given) < 400
+        data = read_all(client).partition(b"\r\n\r\n")[2]
+    assert data == b"".join(bytes([number % 251]) * 65536 for number in range(640))
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_large_upload(running, threads):
+    def digest(environ, start_response):
+        content, found = environ["wsgi.input"], hashlib.sha256()
+        for data in iter(lambda: content.read(100000), b""):
+            found.update(data)
+        content.seek(0)
+        return says([("%s %d" % (found.hexdigest(), len(content.read()))).encode()])(environ, start_response)
+    mount(digest, threads)
+    content = bytes(range(256)) * 20000
+    expected = ("%s %d" % (hashlib.sha256(content).hexdigest(), len(content))).encode()
+    assert fetch(running, post(content, b"Connection: close", path=b"/app"))[1].body == expected
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (content[i:i + 99999] for i in range(0, len(content), 99999)))
+    raw = b"POST /app HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n" + HOST + b"\r\n" + chunks + b"0\r\n\r\n"
+    assert fetch(running, raw)[1].body == expected
+
+
+def test_wsgi_body_size(server):
+    httpd.modparam("httpd", "wsgi_body_size", 5000)
+    mount(inspect)
+    content = b"x" * 5000
+    assert answers(exchange(server, post(content, path=b"/app"))[0])[0].status == 200
+    for raw in (post(content + b"x", path=b"/app"), b"POST /app HTTP/1.1\r\nContent-Length: 5001\r\nExpect: 100-continue\r\n" + HOST + b"\r\n",
+                b"POST /app HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HOST + b"\r\n1388\r\n" + content + b"\r\n1\r\n"):
+        data, end = exchange(server, raw)
+        assert data.startswith(b"HTTP/1.1 413 ") and b"wsgi_body_size" in data and end == "closed"
+    data = exchange(server, b"POST /app HTTP/1.1\r\nContent-Length: 3\r\nExpect: 100-continue\r\n" + HOST + b"\r\n", b"abc")[0]
+    assert data.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n") and answers(data)[0].json()["body"] == "abc"
+
+
+def test_more_requests_than_threads(running):
+    seen = set()
+
+    def app(environ, start_response):
+        seen.add(threading.get_ident())
+        return says([environ["PATH_INFO"].encode()])(environ, start_response)
+    mount(app, 4)
+    clients = [connect(running) for _ in range(300)]
+    for number, client in enumerate(clients):
+        client.sendall(get(b"/app/%d" % number, b"Connection: close"))
+    for number, client in enumerate(clients):
+        assert answers(read_all(client))[0].body == b"/%d" % number
+        client.close()
+    assert len(seen) <= 4
+
+
+def test_pipelined_requests_to_threads_are_answered_in_order(running):
+    mount(inspect, 4)
+    with connect(running) as client:
+        client.sendall(b"".join(get(b"/app/%d" % number) for number in range(50)) + get(b"/app/50", b"Connection: close"))
+        assert [answer.json()["PATH_INFO"] for answer in answers(read_all(client))] == ["/%d" % number for number in range(51)]
+
+
+def test_a_stuck_application_does_not_keep_the_program_from_ending(tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import httpd, socket, threading\nstarted = threading.Event()\ndef app(environ, start_response):\n    started.set()\n    threading.Event().wait()\n"
+        "httpd.register_wsgi('test', '', app, threads=1)\nwith httpd.Server(ip='127.0.0.1', port=0) as server:\n"
+        "    client = socket.create_connection(('127.0.0.1', server.port))\n    client.sendall(b'GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
+        "    started.wait()\n    server.stop(0)\nprint('ended')\n")
+    done = subprocess.run([sys.executable, "stuck.py"], cwd=tmp_path, env={"PYTHONPATH": str(HERE)}, timeout=20, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+def test_mounts_that_cannot_work():
+    for app, threads in ((3, 0), (inspect, -1), (inspect, None), (inspect, "2")):
+        with pytest.raises(httpd.ConfigError, match="test: "):
+            httpd.register_wsgi("test", "app", app, threads=threads)
+    mount(inspect)
+    with pytest.raises(httpd.ConfigError, match="is taken by test"):
+        mount(inspect)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

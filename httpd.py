@@ -571,8 +571,8 @@ class Page:
         own = ("%s: %s\r\n" % field for field in self._fields if field[0].lower() != "content-length")
         return head[:-2] + "".join(own).encode("latin-1") + b"\r\n"
 
-    def set_header(self, name: str, value: str) -> None:
-        """Set a header field; one of that name is replaced, Set-Cookie excepted. Content-Length is for flush_data_cb.
+    def set_header(self, name: str, value: str, add: bool = False) -> None:
+        """Set a header field; one of that name is replaced, unless `add`, or Set-Cookie. Content-Length is for streams.
 
         Raises ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets.
         """
@@ -583,8 +583,8 @@ class Page:
         if key == "content-type":
             self.content_type = value
         else:
-            others = (field for field in self._fields if field[0].lower() != key or key == "set-cookie")
-            self._fields = (*others, (name, value))
+            add = add or key == "set-cookie"
+            self._fields = (*(field for field in self._fields if add or field[0].lower() != key), (name, value))
 
 
 # -------------------------------------------------------------------------------------------------------------- Parser
@@ -972,29 +972,28 @@ def content_pieces(request: Request, page: Page, head: bytes, length: int, room:
     while (count := flush(request, pos, view[HEADROOM:HEADROOM + room])) != END:
         if not isinstance(count, int) or not 0 <= count <= min(room, left):
             raise ValueError("flush_data_cb returned %r where it could give %.0f bytes" % (count, min(room, left)))
-        if count == 0:
-            if head:
-                yield head
-                head = b""
-            room = yield None
+        if not count and head:
+            yield head
+        if not count:
+            head, room = b"", (yield None)
             continue
-        start, end = HEADROOM, HEADROOM + count
+        end = HEADROOM + count
         if length == CHUNKED:
             head += b"%x\r\n" % count
             view[end:end + TAILROOM] = b"\r\n"
             end += TAILROOM
-        if len(head) <= HEADROOM:
-            start -= len(head)
+        start = HEADROOM - len(head)
+        pos, left = pos + count, left - count
+        if start < 0:
+            room = yield head + view[HEADROOM:end]
+        else:
             view[start:HEADROOM] = head
-        pos, left, piece = pos + count, left - count, view[start:end]
-        room = yield piece if len(head) <= HEADROOM else head + piece
+            room = yield view[start:end]
         head = b""
     if 0 < left < math.inf:
         raise ValueError("flush_data_cb ended %d bytes before the Content-Length" % left)
-    if length == CHUNKED:
-        head += b"0\r\n\r\n"
-    if head:
-        yield head
+    if head or length == CHUNKED:
+        yield head + b"0\r\n\r\n" * (length == CHUNKED)
 
 
 RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that one turn takes; as much as a TLS record,
@@ -1005,8 +1004,6 @@ HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
 TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
-
-
 raw_recv = socket.SocketType.recv       # what TLS does not see
 
 
@@ -1043,9 +1040,7 @@ class Connection:
                  "request", "content", "kept", "pieces", "closing", "out", "held", "discarded")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
-        self.server = server
-        self.sock = sock
-        self.peer = peer
+        self.server, self.sock, self.peer = server, sock, peer
         self.state = Connection.greet if server.tls else Connection.idle
         self.then = Connection.idle         # the state after flush
         self.interest = 0                   # what the selector watches: READ, WRITE, or 0 before the first wait
@@ -1087,7 +1082,7 @@ class Connection:
             self.wait_for(wanted)
 
     def wait_for(self, wanted: Optional[int]) -> None:
-        """Have the selector watch for what the state waits for, unless TLS has other wants."""
+        """Have the selector watch for what the state waits for, unless TLS wants something else."""
         if wanted is None:
             wanted = WRITE if self.state is Connection.flush or self.state is Connection.stream else READ
         if self.interest != wanted and (self.interest < HANGUP or self.state is not Connection.suspended):
@@ -1332,7 +1327,12 @@ class Connection:
             piece = self.pieces.send(self.server.room())
         except StopIteration:
             self.request = self.pieces = None
-            return self.end_stream()
+            if self.closing or self.server.stopping:
+                self.received, self.state = b"", Connection.shut
+                return True
+            self.deadline = self.server.now + self.server.conn_timeout
+            self.state = Connection.serve if self.received else Connection.idle
+            return self.state is Connection.serve
         except Exception as error:
             blame(error, self.request._head)
             self.close(cut=True)
@@ -1341,15 +1341,6 @@ class Connection:
             return self.suspend(self.request)
         self.out, self.state, self.then = piece, Connection.flush, Connection.stream
         return True
-
-    def end_stream(self) -> bool:
-        """All of the content is sent: close, or look for the next request."""
-        if self.closing or self.server.stopping:
-            self.received, self.state = b"", Connection.shut
-            return True
-        self.deadline = self.server.now + self.server.conn_timeout
-        self.state = Connection.serve if self.received else Connection.idle
-        return self.state is Connection.serve
 
     def suspend(self, request: Request) -> bool:
         """Wait for request.resume(), as long as that takes; the answers to requests before it leave first."""
@@ -2413,7 +2404,6 @@ for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_ro
 # ---------------------------------------------------------------------------------------------------------------- WSGI
 # PEP 3333 on the public callbacks: a response is an iterator of pieces of content, which flush_data_cb hands out.
 
-WSGI_STATUS = re.compile("[2-5][0-9]{2}( [\t -~\x80-\xff]*)?")
 SPOOL_SIZE = 2**13          # bytes of content that are held in memory before a temporary file takes them
 AHEAD_SIZE = 2**16          # bytes that an application's thread may be ahead of the client
 
@@ -2421,7 +2411,7 @@ AHEAD_SIZE = 2**16          # bytes that an application's thread may be ahead of
 def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]:
     """PEP 3333's dictionary, bytes as latin-1. A field name with _ could pass for the one with -, and is left out."""
     from wsgiref.util import FileWrapper
-    script, absolute = "/" + request.root, ABSOLUTE_FORM.fullmatch(request.target)
+    script, absolute = "/" + request.root if request.root else "", ABSOLUTE_FORM.fullmatch(request.target)
     path = unquote_to_bytes(absolute[3] if absolute else request.target.partition("?")[0]).decode("latin-1")
     path = path if path[:1] == "/" else "/"                 # of http://host, and of *
     (server, port), (client, client_port) = request.server, request.client
@@ -2433,14 +2423,12 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
         environ["CONTENT_LENGTH"] = str(content.tell())     # known even if it came in chunks
         content.seek(0)
     environ.update({
-        "REQUEST_METHOD": request.method, "SCRIPT_NAME": script if request.root else "",
-        "PATH_INFO": path[len(script):] if request.root else path, "QUERY_STRING": request.query,
-        "SERVER_PROTOCOL": request.version, "SERVER_NAME": server, "SERVER_PORT": str(port),
-        "REMOTE_ADDR": client, "REMOTE_PORT": str(client_port),
-        "wsgi.version": (1, 0), "wsgi.url_scheme": request.scheme, "wsgi.input": content or io.BytesIO(),
-        "wsgi.input_terminated": True, "wsgi.errors": sys.stderr, "wsgi.multithread": threads > 1,
-        "wsgi.multiprocess": False, "wsgi.run_once": False,
-        "wsgi.file_wrapper": lambda file, size=0: FileWrapper(file, AHEAD_SIZE)})
+        "REQUEST_METHOD": request.method, "SCRIPT_NAME": script, "PATH_INFO": path[len(script):],
+        "QUERY_STRING": request.query, "SERVER_PROTOCOL": request.version, "SERVER_NAME": server,
+        "SERVER_PORT": str(port), "REMOTE_ADDR": client, "REMOTE_PORT": str(client_port), "wsgi.version": (1, 0),
+        "wsgi.url_scheme": request.scheme, "wsgi.input": content or io.BytesIO(), "wsgi.input_terminated": True,
+        "wsgi.errors": sys.stderr, "wsgi.multithread": threads > 1, "wsgi.multiprocess": False, "wsgi.run_once": False,
+        "wsgi.file_wrapper": FileWrapper})
     return environ
 
 
@@ -2460,24 +2448,16 @@ class WSGIResponse:
             raise exc_info[1].with_traceback(exc_info[2])
         if self.status and not exc_info:
             raise RuntimeError("start_response() has been called already")
-        if not WSGI_STATUS.fullmatch(status):
+        if not re.fullmatch("[2-5][0-9]{2}( [\t -~\x80-\xff]*)?", status):
             raise ValueError("no status from 200 to 599: %r" % status)
-        fields: dict[str, str] = {}
-        self.headers = []
         for name, value in headers:
             check_field(name, value)
-            key = name.lower()
-            if key in fields and key != "set-cookie":       # a list, RFC 9110, 5.3, which replaces its beginning
-                value = fields[key] + ", " + value
-            fields[key] = value
-            if key not in OWN_FIELDS:
-                self.headers.append((name, value))
-        self.length = int(fields["content-length"]) if "content-length" in fields else None
+        self.headers = [field for field in headers if field[0].lower() not in OWN_FIELDS]
+        self.length = next((int(value) for name, value in headers if name.lower() == "content-length"), None)
         self.status = int(status[:3])
         return self.write
 
     def write(self, data: bytes) -> None:
-        """PEP 3333's older way to send."""
         if self.wants(data):
             self.put(data)
 
@@ -2516,7 +2496,7 @@ class WSGIResponse:
     def begin(self, page: Page, piece: memoryview) -> int:
         """Put the fields on the page, and the first piece if it is the only one. Returns the status."""
         for name, value in self.headers:
-            page.set_header(name, value)
+            page.set_header(name, value, add=name.lower() != "content-length")
         length = self.size if self.length is None else self.length
         if length is not None:
             page.set_header("Content-Length", str(length))

@@ -159,10 +159,7 @@ def convert(module: str, name: str, value: Any) -> Any:
 
 
 def modparam(module: str, name: str, value: Any) -> None:
-    """Set a parameter for the servers created, and the modules loaded, from now on.
-
-    Raises ConfigError: an unknown name, a wrong type, out of bounds. Main thread, at start.
-    """
+    """Set a parameter for the servers created, and the modules loaded, from now on. ConfigError. Main thread, at start."""
     params.setdefault(module, {})[name] = convert(module, name, value)
 
 
@@ -343,22 +340,20 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
 
     module             who registers: for error texts and httpd_list_root_path
     root_path          one segment of letters, digits and _, blanks around it trimmed; "" takes what no other root takes
-    access_handler_cb  called in the server's thread when the request is complete, content included. It writes the
-                       content of the response with page.write() and returns the status, 200 to 599. HTTPError is
-                       answered as it says, another exception with 500 and a traceback in the log. Be quick: nobody
-                       else is served meanwhile. Or it returns SUSPEND, and after request.resume() is called again
-                       with the same request and a clean page
+    access_handler_cb  called in the server's thread when the request is complete. It writes the content with
+                       page.write() and returns the status, 200 to 599; HTTPError is answered as it says, another
+                       exception with 500 and a traceback in the log. Nobody else is served meanwhile. Or it returns
+                       SUSPEND, and is called again after request.resume(), with the same request and a clean page
     flush_data_cb      flush_data_cb(request, pos, buf) -> n makes the content when the handler has written none: it
-                       fills the memoryview `buf` with what stands at `pos` of it, and returns the number of bytes; 0:
+                       fills the memoryview `buf` with what stands at `pos` of it, and returns how many bytes; 0:
                        nothing yet, call again after request.resume(); END. It is called again when the socket has
-                       taken what there was. Sent chunked; to HTTP/1.0 until the connection closes; or with the
-                       Content-Length that the handler has set, and then another count cuts the connection, as an
-                       exception does: a broken end is the only honest sign
+                       taken them. Sent chunked, or with the Content-Length that the handler has set; a wrong count
+                       cuts the connection, as an exception does: a broken end is the only honest sign
     init_proc_cb       called once in every process that serves, in the server's thread, before the first request
     content_type       of the response, unless the handler sets page.content_type
     methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
-    upload_data_cb     upload_data_cb(request, data) gets the content of a request piece by piece as it arrives, before
-                       the handler is called, with an empty request.body. HTTPError refuses the rest of it
+    upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives, before the handler is
+                       called with an empty request.body. HTTPError refuses the rest of it
     upload_limit       bytes of the largest content for upload_data_cb; larger: 413
 
     Raises ConfigError: a bad root path, or one that is taken. Any thread.
@@ -436,6 +431,15 @@ class FormFile(NamedTuple):
     content: bytes
 
 
+class ClientCert(NamedTuple):
+    """Who the client is, by a certificate that tls_ca_file vouches for: such as CN=alice,O=Example; and a hexadecimal."""
+    subject: str
+    serial: str
+
+
+CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
+
+
 class Request:
     """What the client asks for. To be read, but for `state`, which is the handler's own. For the server's thread."""
 
@@ -461,7 +465,6 @@ class Request:
     client = property(lambda self: plain_address(self._connection.peer), doc="address and port of the peer")
     server = property(lambda self: plain_address(self._connection.sock.getsockname()), doc="those it is connected to")
     closed = property(lambda self: self._connection.sock.fileno() < 0, doc="True once the client is gone")
-    client_cert = property(lambda self: client_cert(self._connection.sock), doc="a ClientCert, or None")
 
     @property
     def url(self) -> str:
@@ -469,11 +472,18 @@ class Request:
         return self._head.url if self._root.name else self._head.path
 
     @property
-    def form(self) -> dict[str, list]:
-        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile.
+    def client_cert(self) -> Optional[ClientCert]:
+        """The certificate that the client has presented; None without tls_ca_file."""
+        found = self._connection.server.params.tls_ca_file and self._connection.sock.tls.getpeercert()
+        if not found:
+            return None
+        names = ["%s=%s" % (CERT_NAMES.get(name, name), value) for part in found["subject"][::-1] for name, value in part]
+        return ClientCert(",".join(names), found["serialNumber"])
 
-        Raises HTTPError 400 if the body is not what its Content-Type says.
-        """
+    @property
+    def form(self) -> dict[str, list]:
+        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile. HTTPError
+        400 if the body is not what its Content-Type says."""
         if self._form is None:
             self._form = parse_form(self._head.query, self.headers.get("content-type", ""), self.body)
         return self._form
@@ -490,10 +500,8 @@ class Request:
             raise blame(error, self._head) from None
 
     def resume(self) -> None:
-        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any thread.
-
-        It may come early: then it counts when the callback returns. It may be repeated, and come when all is over.
-        """
+        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any thread. It may come
+        before the callback has returned, repeatedly, and when all is over."""
         if not self._resumed:
             self._resumed = True
             self._connection.server._resume(self)
@@ -529,15 +537,11 @@ class Page:
         self._content_type = ""
         self.clear()
 
-    @property
-    def content_type(self) -> str:
-        """The media type of the content: the root's, until the handler sets another."""
-        return self._content_type
-
-    @content_type.setter
-    def content_type(self, value: str) -> None:
+    def _set_content_type(self, value: str) -> None:
         check_field("Content-Type", value)
         self._content_type = value
+
+    content_type = property(attrgetter("_content_type"), _set_content_type, doc="the root's, until it is set")
 
     def clear(self) -> None:
         """Forget the content and the header fields."""
@@ -545,9 +549,7 @@ class Page:
 
     def write(self, data) -> int:
         """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page), print(x, file=page).
-
-        Raises BufferError when it does not fit into buf_size.
-        """
+        BufferError when it does not fit into buf_size."""
         if type(data) is str:
             data = data.encode()
         end = self._end + len(data)
@@ -573,9 +575,7 @@ class Page:
 
     def set_header(self, name: str, value: str, add: bool = False) -> None:
         """Set a header field; one of that name is replaced, unless `add`, or Set-Cookie. Content-Length is for streams.
-
-        Raises ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets.
-        """
+        ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets."""
         key, value = name.lower(), str(value)
         check_field(name, value)
         if key in OWN_FIELDS or key == "content-length" and not re.fullmatch("[0-9]{1,18}", value):
@@ -658,11 +658,8 @@ def require(condition: Any, status: int, reason: str) -> None:
 
 
 def parse_head(line: bytes, block: bytes, fields: Optional[Fields], lines: FieldLines, methods: set) -> Head:
-    """A request line and the whole header section below it, to its empty line; `fields` if that has been parsed before.
-
-    `lines` remembers field lines; `methods` are known ones. The order of checks: grammar, version, sizes, method, Host,
-    framing.
-    """
+    """A request line and the header section below it, to its empty line; `fields` if that has been parsed before.
+    `lines` remembers field lines. The order of checks: grammar, version, sizes, method, Host, framing."""
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise HTTPError(400, "malformed request line")
@@ -765,10 +762,8 @@ def content_length(headers: Mapping[str, str], twice: Any, old: bool) -> int:
 
 
 def check_begin(data: bytes, start: int, limit: int) -> int:
-    """Refuse the beginning of a head if no further byte can mend it, or if it is over the limit: 414, 431.
-
-    Lines before `start` have been found good; returns the next `start`. The limit counts from the request line.
-    """
+    """Refuse the beginning of a head if no further byte can mend it, or if it is over the limit: 414, 431. Lines before
+    `start` have been found good; returns the next `start`. The limit counts from the request line."""
     empty = EMPTY_LINES.match(data).end()
     begin = data[:empty + limit]
     line, found, _ = begin[empty:].partition(b"\r\n")
@@ -792,9 +787,8 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
 def decode_content(length: int, limit: float, overhead: int, write: Callable) -> Generator[int, bytes, bytes]:
     """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece.
 
-    A generator: send() it what is received; it yields how many bytes it holds, and returns what came behind the
-    content, which belongs to the next request. 413 as soon as it is over `limit`. `overhead`: bytes that chunk
-    extensions and trailers may have.
+    send() it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon
+    as that is over `limit`. `overhead`: bytes that chunk extensions and trailers may have.
     """
     too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size" % limit
     require(length <= limit, 413, too_large)
@@ -898,7 +892,7 @@ class Memo(dict):
     """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
 
     What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for
-    again comes back from there. So heads that never come again leave only a hash, and cannot push out those that do.
+    again comes back from there: heads that never come again leave only a hash, and cannot push out those that do.
     """
 
     def __init__(self, size: int):
@@ -964,10 +958,8 @@ def weight(value: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------- Connection
 
 def content_pieces(request: Request, page: Page, head: bytes, length: int, room: int) -> Generator[Any, int, None]:
-    """A response whose content flush_data_cb makes: what is to be sent, piece by piece, in the page.
-
-    A generator: send() it the `room` for the next piece; it yields the piece, or None when there is nothing yet.
-    """
+    """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what is
+    to be sent, or None when there is nothing yet."""
     view, flush, pos, left = page._view, request._root.flush, 0, math.inf if length < 0 else length
     while (count := flush(request, pos, view[HEADROOM:HEADROOM + room])) != END:
         if not isinstance(count, int) or not 0 <= count <= min(room, left):
@@ -1053,8 +1045,7 @@ class Connection:
         self.pieces = None                  # content_pieces() of the response,
         self.closing = False                # after which the connection is closed
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
-        self.held = 0                       # bytes counted against memory_budget
-        self.discarded = 0
+        self.held = self.discarded = 0      # bytes counted against memory_budget; and read after a refusal
 
     def turn(self) -> None:
         """Run states until one waits: the one place that knows "would block", and where refusals are answered."""
@@ -1135,10 +1126,8 @@ class Connection:
         return data
 
     def serve(self, head: Optional[Head] = None, request: Optional[Request] = None) -> bool:
-        """The hot path: answer what has been received, request by request. Answers to pipelined ones leave together.
-
-        `head`: of the first of them; `request`: the first of them, whose content has come.
-        """
+        """The hot path: answer what has been received, request by request; answers to pipelined ones leave together.
+        `head`: that of the first; `request`: the first, whose content has come."""
         page = self.server.page
         while True:
             if request is None:
@@ -1444,10 +1433,8 @@ class Connection:
         """TLS: send close_notify; an end without it might be an attacker's (RFC 8446, 6.1)."""
         tls = getattr(self.sock, "tls", None)
         if tls and self.state is not Connection.shake_hands:
-            try:
+            with suppress(OSError, ValueError):             # mostly SSLWantReadError; or the connection is lost
                 tls.shutdown()
-            except (OSError, ValueError):                   # mostly SSLWantReadError; or the connection is lost
-                pass
 
     def shut(self) -> bool:
         """All is sent: say so, and wait until the client has read it."""
@@ -1549,8 +1536,8 @@ class Server:
         with server: ...                 start() and stop(): serves in a thread of its own
         server.fileno(), run_once(0)     serves in another program's loop: when readable, and after timeout() seconds
 
-    It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and reload_tls() are for
-    any thread, and so is Request.resume().
+    It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and reload_tls() are
+    for any thread.
     """
 
     __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
@@ -1561,9 +1548,8 @@ class Server:
 
     def __init__(self, **parameters: Any):
         self.params = values = httpd_in_force(**parameters)
-        self.scheme, self.socket_type = "http", socket.SocketType
+        self.scheme, self.socket_type, self.plan, self.tls = "http", socket.SocketType, None, None
         self.would_block: tuple = (BlockingIOError,)        # what a socket raises that has to be waited for
-        self.plan = self.tls = None
         if values.tls:
             self._set_up_tls()
         self.conn_timeout = values.conn_timeout or 1e9      # for ever: 30 years
@@ -1637,19 +1623,17 @@ class Server:
         """From the files as they are now. ConfigError."""
         import ssl                                          # 8 ms that a plain server need not pay
         plan = tls_priority(self.params.tls_ciphers)
-        if not self.tls:
+        if not self.tls and plan.notes:
             skipped = any("skipped" in note for note in plan.notes)
-            log.log(30 if skipped else 20, "tls_ciphers: %s", "; ".join(plan.notes) or "as written")
+            log.log(logging.WARNING if skipped else logging.INFO, "tls_ciphers: %s", "; ".join(plan.notes))
         self.plan = plan
-        self.tls = tls_context(self.plan, self.params.tls_cert_file, self.params.tls_key_file, self.params.tls_ca_file)
+        self.tls = tls_context(plan, self.params.tls_cert_file, self.params.tls_key_file, self.params.tls_ca_file)
         self.scheme, self.socket_type = "https", TLSSocket
         self.would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def reload_tls(self) -> bool:
-        """Have connections from now on use the certificate, key and CA that are in the files now. Any thread.
-
-        False if that cannot be: the log says why, and what was in use stays in use.
-        """
+        """Have connections from now on use the certificate, key and CA that are in the files now. Any thread. False if
+        that cannot be: the log says why, and what was in use stays in use."""
         try:
             if not self.tls:
                 raise ConfigError("httpd: tls_cert_file and tls_key_file are not set")
@@ -1771,10 +1755,8 @@ class Server:
         """Have the loop come back from its poll, this one or another program's. Any thread."""
         if not self._waking:
             self._waking = True
-            try:
+            with suppress(OSError):                         # it has ended
                 self._wake.send(b"!")
-            except OSError:                                 # it has ended
-                pass
 
     def _woken_up(self) -> None:
         self._woken.recv(64)
@@ -1950,9 +1932,9 @@ NORMAL = {                              # the ordered sets that a priority strin
     "GROUP": "SECP256R1 SECP384R1 SECP521R1 X25519 X448 FFDHE2048 FFDHE3072 FFDHE4096 FFDHE6144 FFDHE8192",
 }
 LEVELS = {                              # what each has instead, but for the signatures: Python's ssl cannot set them
-    "NORMAL": {}, "LEGACY": {}, "PFS": {"KX": "ECDHE-ECDSA ECDHE-RSA DHE-RSA"},
-    "PERFORMANCE": {"KX": "RSA ECDHE-ECDSA ECDHE-RSA DHE-RSA", "CIPHER":
-                    "AES-128-GCM AES-256-GCM CHACHA20-POLY1305 AES-128-CCM AES-256-CCM AES-128-CBC AES-256-CBC"},
+    "NORMAL": {}, "LEGACY": {}, "PFS": {"KX": "ECDHE-ECDSA ECDHE-RSA DHE-RSA"}, "PERFORMANCE": {
+        "KX": "RSA ECDHE-ECDSA ECDHE-RSA DHE-RSA",
+        "CIPHER": "AES-128-GCM AES-256-GCM CHACHA20-POLY1305 AES-128-CCM AES-256-CCM AES-128-CBC AES-256-CBC"},
     "SECURE": {"CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM AES-128-GCM AES-128-CBC AES-128-CCM"},
     "SECURE192": {"CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM", "MAC": "AEAD",
                   "GROUP": "SECP384R1 SECP521R1 FFDHE8192"},
@@ -2064,9 +2046,7 @@ def _curves(versions, groups):
 
 def tls_priority(text: str) -> TLSPlan:
     """Read a GnuTLS priority string as `gnutls-cli -l --priority` 3.7.9 does; finite-field DHE is never offered.
-
-    Raises ConfigError: a mistake, nothing left, or a restriction that Python's ssl cannot enforce.
-    """
+    ConfigError: a mistake, nothing left, or a restriction that Python's ssl cannot enforce."""
     sets, words, notes = _read_priority(text)
     protocols, suites = _resolve(sets, words)
     curves = [name for name in sets["GROUP"] if name in CURVES]
@@ -2100,9 +2080,7 @@ HINTS = {                               # OpenSSL's reason: what it means here
 
 def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> ssl.SSLContext:
     """A server's context for the plan, less what OpenSSL's security level hides; `ca_file`: clients need certificates.
-
-    Raises ConfigError: a file that will not do, or no client could connect. Warns of an open key, expired certificate.
-    """
+    ConfigError: a file that will not do, or no client could connect. Warns of an open key and an expired certificate."""
     import ssl                              # here, since plain HTTP shall not pay for it
     subject, context = "tls_ciphers", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion[plan.versions[0].replace(".", "_")]
@@ -2161,30 +2139,12 @@ def _try_handshake(context, cert_file):
     client.set_ciphers("ALL:@SECLEVEL=0")
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     asking, answering = client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
-    for end in asking, answering, asking:
-        try:
-            end.do_handshake()
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLCertVerificationError as error:
-            log.warning("tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message)
-
-
-class ClientCert(NamedTuple):
-    """Who the client is, by a certificate that tls_ca_file vouches for."""
-    subject: str            # such as CN=alice,O=Example
-    serial: str             # hexadecimal
-
-
-def client_cert(sock: socket.socket) -> Optional[ClientCert]:
-    """The certificate that the client has presented; None without TLS or tls_ca_file."""
-    tls = getattr(sock, "tls", None)
-    found = tls and tls.getpeercert()
-    if not found:
-        return None
-    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
-    names = ["%s=%s" % (short.get(name, name), value) for part in reversed(found["subject"]) for name, value in part]
-    return ClientCert(",".join(names), found["serialNumber"])
+    try:
+        for end in asking, answering, asking:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        log.warning("tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message)
 
 
 # ------------------------------------------------------------------------------------------------------------- mi_http
@@ -2210,13 +2170,8 @@ class Pool:
                 log.exception("a thread of the pool goes on after a fault")
 
 
-class MICommand(NamedTuple):
-    function: Callable
-    threads: bool
-
-
 PENDING = object()                          # the place of an answer that a thread is to bring
-mi_commands: dict[str, MICommand] = {}
+mi_commands: dict[str, tuple[Callable, bool]] = {}          # name -> the function; it wants a thread
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 json_decoder = json.JSONDecoder(parse_constant=int)         # NaN and Infinity are no JSON: int() raises ValueError
 _INT = "-?(0|[1-9][0-9]{0,17})"
@@ -2237,29 +2192,17 @@ def register_mi(name: str, function: Callable, *, threads: bool = False) -> None
     """Add an MI command: a function that returns what JSON can say. Its signature is the command's parameter list; text
     for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of its own.
 
-    It runs in the server's thread, and nobody else is served meanwhile; what takes long says threads=True, and runs in
-    one of the few threads of mi_http. ConfigError: the name is taken. Any thread.
+    With threads=True it runs in one of the few threads of mi_http, else in the server's, and nobody else is served
+    meanwhile. ConfigError: the name is taken. Any thread.
     """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
         raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
-    mi_commands[name] = MICommand(function, threads)
+    mi_commands[name] = function, threads
 
 
-@cache
-def mi_pool() -> Pool:
-    return Pool(in_force("mi_http")["threads"])
-
-
-@cache
-def mi_signature(function: Callable) -> Any:
-    """The parameter list of a command."""
-    from inspect import signature                           # takes 10 ms to import
-    return signature(function)
-
-
-@cache
-def needs_nothing(function: Callable) -> bool:
-    return all(parameter.default is not parameter.empty for parameter in mi_signature(function).parameters.values())
+mi_pool = cache(lambda: Pool(in_force("mi_http")["threads"]))
+mi_signature = cache(lambda function: import_module("inspect").signature(function))     # which takes 10 ms to import
+needs_nothing = cache(lambda function: all(p.default is not p.empty for p in mi_signature(function).parameters.values()))
 
 
 def bind_parameters(function: Callable, given: Any) -> Callable[[], Any]:
@@ -2323,11 +2266,8 @@ def answer_mi(request: Request, page: Page) -> int:
 
 
 def begin_mi(request: Request) -> tuple[bool, list]:
-    """Whether it is a batch; and the answers. Threads bring those which take long, and resume the request.
-
-    Content-Type and Origin keep foreign web pages from posting commands.
-    """
-    headers = request.headers
+    """Whether it is a batch; and the answers. Threads bring those which take long, and resume the request."""
+    headers = request.headers                               # two of them keep foreign web pages from posting commands
     if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
         raise HTTPError(415, "the Content-Type must be application/json")
     if "origin" in headers:
@@ -2353,40 +2293,22 @@ def finish_mi(request: Request, answers: list, number: int, call: Any) -> None:
     request.resume()
 
 
-def mi_http(params: dict[str, Any]) -> None:
-    """mod_init of mi_http."""
-    register_httpdcb("mi_http", params["root"], answer_mi, content_type="application/json", methods=("POST",))
-
-
-def mi_list_root_path() -> list:
-    return [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
-
-
 def mi_which(command: Optional[str] = None) -> list:
     """All commands; or the parameter lists that one command takes, as opensips-cli wants them for its completion."""
     if command is None:
         return sorted(mi_commands)
     if not isinstance(command, str) or command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
-    parameters = mi_signature(mi_commands[command].function).parameters.values()
+    parameters = mi_signature(mi_commands[command][0]).parameters.values()
     names = [parameter.name for parameter in parameters]
     return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
 
 
-def mi_uptime() -> dict:
-    return {"Now": time.ctime(), "Up since": time.ctime(STARTED), "Up time": "%d [sec]" % (time.time() - STARTED)}
-
-
-def mi_ps() -> dict:
-    return {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": "HTTPD " + " ".join(server.url for server in servers)}]}
-
-
 def mi_get_statistics(statistics) -> dict:
     """Values by `group:name`; asked for are `all`, `group:` or `name`."""
-    values = {"httpd:requests": sum(server.requests for server in servers),
-              "httpd:accepted": sum(server.accepted for server in servers),
-              "httpd:connections": sum(len(server.connections) for server in servers),
-              "httpd:held_bytes": sum(server.held for server in servers)}
+    counted = {"requests": attrgetter("requests"), "accepted": attrgetter("accepted"),
+               "connections": lambda server: len(server.connections), "held_bytes": attrgetter("held")}
+    values = {"httpd:" + name: sum(map(count, servers)) for name, count in counted.items()}
     wanted = {*map(str, statistics if isinstance(statistics, list) else [statistics])}
     found = {name: value for name, value in values.items() if not wanted.isdisjoint(("all", name, "httpd:", name[6:]))}
     if not found:
@@ -2394,10 +2316,19 @@ def mi_get_statistics(statistics) -> dict:
     return found
 
 
-BUILT_IN = {"mi_http": mi_http}
-for name, function in {"httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path,
-                       "which": mi_which, "uptime": mi_uptime, "ps": mi_ps, "get_statistics": mi_get_statistics,
-                       "version": lambda: {"Server": "httpd.py " + __version__}}.items():
+def mi_list_root_path() -> list:
+    return [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
+
+
+BUILT_IN = {"mi_http": lambda params: register_httpdcb("mi_http", params["root"], answer_mi, methods=("POST",),
+                                                       content_type="application/json")}
+for name, function in {
+        "httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path, "which": mi_which,
+        "get_statistics": mi_get_statistics, "version": lambda: {"Server": "httpd.py " + __version__},
+        "uptime": lambda: {"Now": time.ctime(), "Up since": time.ctime(STARTED),
+                           "Up time": "%d [sec]" % (time.time() - STARTED)},
+        "ps": lambda: {"Processes": [{"ID": 0, "PID": os.getpid(),
+                                      "Type": "HTTPD " + " ".join(server.url for server in servers)}]}}.items():
     register_mi(name, function)
 
 
@@ -2482,7 +2413,7 @@ class WSGIResponse:
                 if isinstance(result, (list, tuple)):
                     self.size = self.count + sum(map(len, result))
                 written.seek(0)
-                yield from iter(lambda: written.read(AHEAD_SIZE), b"")
+                yield from iter(lambda: written.read(RECEIVE_SIZE), b"")
                 for piece in iter(partial(run, next, run(iter, result), self), self):
                     if self.wants(piece):
                         yield piece
@@ -2568,12 +2499,11 @@ def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 
     """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what no other root takes.
 
     threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable is read as the client
-              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further requests wait: one
-              that streams events keeps a thread. That its client has gone, an application learns by BrokenPipeError
-              from write(), or by GeneratorExit where it yields
+              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further requests wait:
+              one that streams events keeps a thread. When its client goes, write() raises BrokenPipeError, and where it
+              yields there is GeneratorExit
 
-    Content of requests is in memory or a temporary file, whose limit is wsgi_body_size as it is now; larger: 413.
-    Raises ConfigError as register_httpdcb(). Any thread.
+    Request content is limited by wsgi_body_size as it is now. ConfigError as from register_httpdcb(). Any thread.
     """
     from tempfile import SpooledTemporaryFile
     if not callable(app) or not isinstance(threads, int) or threads < 0:

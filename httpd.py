@@ -39,8 +39,9 @@ selector, the time and the set of connections. A server lives in one thread; sto
 """
 from __future__ import annotations
 
-import errno, gc, io, json, logging, math, os, queue, re, resource, select, selectors, signal, socket, sys, threading, time
-from collections import deque
+import errno, gc, io, json, logging, math, os, queue, re
+import resource, select, selectors, signal, socket, sys, threading, time
+from collections import deque, namedtuple
 from contextlib import closing, suppress
 from contextvars import copy_context
 from email.utils import formatdate
@@ -159,7 +160,7 @@ def convert(module: str, name: str, value: Any) -> Any:
 
 
 def modparam(module: str, name: str, value: Any) -> None:
-    """Set a parameter for the servers created, and the modules loaded, from now on. ConfigError. Main thread, at start."""
+    """Set a parameter for the servers and modules that come now, or ConfigError. Main thread, at start."""
     params.setdefault(module, {})[name] = convert(module, name, value)
 
 
@@ -296,7 +297,6 @@ class HTTPError(Exception):
 
     From an MI command, status and reason are the code and the message of the JSON-RPC error.
     """
-
     def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
         super().__init__(status, reason)
         self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
@@ -308,15 +308,8 @@ SUSPEND = -2        # what an access handler returns that wants to be called aga
 END = -1            # what flush_data_cb returns when the content is complete
 
 
-class Root(NamedTuple):
-    """A root path and who answers there, by method."""
-    name: str
-    module: str
-    handlers: Mapping[str, Callable]
-    content_type: str
-    flush: Optional[Callable] = None
-    upload: Optional[Callable] = None
-    upload_limit: float = 0
+# A root path and who answers there; the handlers by method.
+Root = namedtuple("Root", "name module handlers content_type flush upload upload_limit", defaults=(None, None, 0))
 
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
@@ -442,7 +435,6 @@ CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitNa
 
 class Request:
     """What the client asks for. To be read, but for `state`, which is the handler's own. For the server's thread."""
-
     __slots__ = ("state", "body", "_head", "_root", "_connection", "_form", "_resumed")
 
     def __init__(self, connection: Connection, head: Head, body: bytes):
@@ -509,8 +501,6 @@ class Request:
 
 def plain_address(address: Any) -> tuple[str, int]:
     """Host and port of an address of the socket module; an IPv4 peer of an IPv6 socket has its IPv4 address."""
-    if not isinstance(address, tuple):
-        return os.fsdecode(address), 0
     host = address[0]
     return host[7:] if host.startswith("::ffff:") and "." in host else host, address[1]
 
@@ -528,7 +518,6 @@ OWN_FIELDS = {"connection", "date", "keep-alive", "transfer-encoding", "upgrade"
 
 class Page:
     """The response in the making, on the one buffer of the server; the access handler gets it clean."""
-
     __slots__ = ("_content_type", "_view", "_size", "_end", "_fields")
 
     def __init__(self, size: int):
@@ -541,10 +530,9 @@ class Page:
         check_field("Content-Type", value)
         self._content_type = value
 
-    content_type = property(attrgetter("_content_type"), _set_content_type, doc="the root's, until it is set")
+    content_type = property(attrgetter("_content_type"), _set_content_type, doc="the root's, until set")
 
     def clear(self) -> None:
-        """Forget the content and the header fields."""
         self._end, self._fields = HEADROOM, ()
 
     def write(self, data) -> int:
@@ -560,7 +548,6 @@ class Page:
         return len(data)
 
     def __len__(self) -> int:
-        """Bytes of content."""
         return self._end - HEADROOM
 
     @property
@@ -581,7 +568,7 @@ class Page:
         if key in OWN_FIELDS or key == "content-length" and not re.fullmatch("[0-9]{1,18}", value):
             raise ValueError("%s is set by the server, or not %r" % (name, value))
         if key == "content-type":
-            self.content_type = value
+            self._content_type = value
         else:
             add = add or key == "set-cookie"
             self._fields = (*(field for field in self._fields if add or field[0].lower() != key), (name, value))
@@ -894,7 +881,6 @@ class Memo(dict):
     What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for
     again comes back from there: heads that never come again leave only a hash, and cannot push out those that do.
     """
-
     def __init__(self, size: int):
         super().__init__()
         self.old: dict[bytes, Any] = {}
@@ -929,7 +915,6 @@ class Memo(dict):
 
 class FieldLines(dict):
     """Field lines that have been parsed, line -> (name, value): most of what a client sends, it has sent before."""
-
     def __init__(self, size: int):
         super().__init__()
         self.size = self.room = size            # bytes, and those left
@@ -958,8 +943,8 @@ def weight(value: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------- Connection
 
 def content_pieces(request: Request, page: Page, head: bytes, length: int, room: int) -> Generator[Any, int, None]:
-    """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what is
-    to be sent, or None when there is nothing yet."""
+    """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what
+    is to be sent, or None when there is nothing yet."""
     view, flush, pos, left = page._view, request._root.flush, 0, math.inf if length < 0 else length
     while (count := flush(request, pos, view[HEADROOM:HEADROOM + room])) != END:
         if not isinstance(count, int) or not 0 <= count <= min(room, left):
@@ -1001,7 +986,6 @@ raw_recv = socket.SocketType.recv       # what TLS does not see
 
 class TLSSocket(socket.SocketType):
     """A socket that can begin TLS: the inside of ssl.SSLSocket, without whose outside a connection costs 15 us less."""
-
     __slots__ = ("recv", "tls", "__weakref__")
 
     def begin_tls(self, context: Any) -> None:
@@ -1027,7 +1011,6 @@ class Connection:
 
     A state may be run again from its start: nothing is changed before the recv() or send() that may block.
     """
-
     __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked",
                  "request", "content", "kept", "pieces", "closing", "out", "held", "discarded")
 
@@ -1037,13 +1020,10 @@ class Connection:
         self.then = Connection.idle         # the state after flush
         self.interest = 0                   # what the selector watches: READ, WRITE, or 0 before the first wait
         self.deadline = server.now + server.conn_timeout
-        self.received = b""                 # the next requests, or the beginning of one
-        self.checked = 0                    # how far check_begin has come in it
-        self.request = None                 # the one whose content is awaited, that is suspended or streamed
-        self.content = None                 # decode_content() of it,
-        self.kept = 0                       # and how many bytes of it are here
-        self.pieces = None                  # content_pieces() of the response,
-        self.closing = False                # after which the connection is closed
+        self.received, self.checked = b"", 0        # the next requests, or the beginning of one, checked so far
+        self.request = self.content = self.pieces = None    # under way; decode_content() and content_pieces() of it
+        self.kept = 0                       # bytes of its content that are here
+        self.closing = False                # the connection ends with its response
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
         self.held = self.discarded = 0      # bytes counted against memory_budget; and read after a refusal
 
@@ -1113,13 +1093,11 @@ class Connection:
         return self.serve() if data else self.close()
 
     def receive_head(self) -> bool:
-        """The beginning of a head is here."""
         data = self.receive()
         self.received += data
         return self.serve() if data else self.close()
 
     def receive(self) -> bytes:
-        """More of a request."""
         data = self.sock.recv(RECEIVE_SIZE)
         if not data and (self.content or self.received.strip(b"\r\n")):
             raise HTTPError(400, "the connection ended inside a request")
@@ -1230,7 +1208,6 @@ class Connection:
         return self.take_content(self.received)
 
     def receive_content(self) -> bool:
-        """The content is on its way."""
         request = self.take_content(self.receive())
         return self.state is Connection.flush if request is None else self.serve(request._head, request)
 
@@ -1471,8 +1448,8 @@ class Connection:
     def expire(self) -> None:
         """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
         unsent, streaming = len(self.out), self.state is Connection.stream
-        if self.state is Connection.receive_content or (
-                self.state is Connection.receive_head and self.received.strip(b"\r\n")):
+        begun = self.state is Connection.receive_head and self.received.strip(b"\r\n")
+        if begun or self.state is Connection.receive_content:
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
         if streaming or self.state is Connection.flush:     # epoll is silent until a third of the buffer is free: try
             self.turn()
@@ -1539,7 +1516,6 @@ class Server:
     It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and reload_tls() are
     for any thread.
     """
-
     __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
                  "max_connections", "page", "heads", "sections", "lines", "response_heads", "connections", "held",
                  "requests", "accepted", "now", "stopping", "_stop_at", "_next_tick", "_evictable", "_selector",
@@ -1561,23 +1537,17 @@ class Server:
         self.lines = FieldLines(values.memo_size // 4)      # the others
         self.response_heads: dict[tuple, bytes] = {}        # of this second
         self.connections: set[Connection] = set()
-        self.held = 0                                       # bytes that the connections keep between their turns
-        self.requests = self.accepted = 0                   # so far
+        self.held = self.requests = self.accepted = 0       # bytes that connections keep between their turns; so far
         self.now = time.monotonic()                         # when this turn began
         self.stopping = False                               # every answer closes its connection
-        self._stop_at = math.inf                            # when the grace of stop() ends
-        self._next_tick = 0.0
+        self._stop_at, self._next_tick = math.inf, 0.0      # when the grace of stop() ends; when to look at deadlines
         self._evictable: list[tuple[float, Connection]] = []
-        self._selector: Optional[selectors.EpollSelector] = None        # while it listens
+        self._selector = self._poll = None                  # while it listens
         self._accepting = False                             # the selector watches the listener
-        self._owner: Optional[int] = None                   # the thread that calls run() or run_once(),
-        self._serving: Optional[int] = None                 # and the same while it is in there
-        self._thread: Optional[threading.Thread] = None     # that of start()
-        self._initialized = False
-        self._ended = threading.Event()
+        self._owner = self._serving = None                  # the thread that calls run(); the same while it is in there
+        self._thread, self._initialized, self._ended = None, False, threading.Event()
         self._resumed: deque[Request] = deque()             # requests whose resume() has been called
-        self._busy = False                                  # within a turn: it will look at them without being woken,
-        self._waking = False                                # as it does when that has been done
+        self._busy = self._waking = False                   # it will look at them without being woken; it has been
 
     def run(self) -> None:
         """Serve in this thread until stop() is called."""
@@ -1620,7 +1590,6 @@ class Server:
             self._serve(threading.Event())
 
     def _set_up_tls(self) -> None:
-        """From the files as they are now. ConfigError."""
         import ssl                                          # 8 ms that a plain server need not pay
         plan = tls_priority(self.params.tls_ciphers)
         if not self.tls and plan.notes:
@@ -1678,7 +1647,6 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
         self._open()
         return self._address[1]
 
@@ -1691,7 +1659,6 @@ class Server:
         return "%s://%s:%d" % (self.scheme, host, port)
 
     def _open(self) -> None:
-        """Listen, once in a server's life."""
         if self._selector is None and not self._ended.is_set():
             self._woken, self._wake = socket.socketpair()
             self._wake.setblocking(False)
@@ -1704,7 +1671,6 @@ class Server:
             servers.add(self)
 
     def _serve(self, ready: threading.Event) -> None:
-        """The loop, in whatever thread."""
         self._owner = self._serving = threading.get_ident()
         try:
             if self._stop_at == math.inf:
@@ -1738,13 +1704,11 @@ class Server:
             self._wake_up()
 
     def _resume(self, request: Request) -> None:
-        """Note that a request can go on. Any thread."""
         self._resumed.append(request)
         if not self._busy:
             self._wake_up()
 
     def _continue(self) -> None:
-        """A turn for the requests that have been resumed."""
         for _ in range(len(self._resumed)):
             request = self._resumed.popleft()
             connection = request._connection
@@ -1800,11 +1764,9 @@ class Server:
             connection, before = Connection(self, sock, peer), self.requests
             room = len(self.connections) < self.max_connections or self._make_room()
             self.connections.add(connection)
-            if not room and self.tls:
-                connection.close()
-            elif not room:
+            if not room and not self.tls:
                 connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
-            connection.turn()
+            connection.turn() if room or not self.tls else connection.close()
             if self.requests == before and connection.state in (Connection.idle, Connection.greet):
                 connection.deadline -= DEFER                # it has been silent for so long already
 
@@ -1840,7 +1802,6 @@ class Server:
                                   or all(connection.state is Connection.linger for connection in self.connections))
 
     def _close(self) -> None:
-        """Give every descriptor back."""
         self.stopping = True                                # nobody is taken in for those that go
         self._set_accepting(False)
         if self._selector is None:
@@ -1904,7 +1865,6 @@ class Server:
                 connection.close()
 
     def forget(self, connection: Connection) -> None:
-        """The connection is about to be closed."""
         self.connections.discard(connection)
         if connection.interest:
             self._selector.unregister(connection.sock)
@@ -1912,15 +1872,9 @@ class Server:
 
 
 # ----------------------------------------------------------------------------------------------------------------- TLS
-class TLSPlan(NamedTuple):
-    """What a GnuTLS priority string comes to on Python's ssl."""
-    versions: tuple[str, ...]           # of "TLSv1.2" and "TLSv1.3"
-    ciphers: tuple[str, ...]            # TLS 1.2 suites, the best first, OpenSSL's names
-    suites13: tuple[str, ...]           # TLS 1.3 suites, IANA's names: a connection that got another must be closed
-    groups: tuple[str, ...]             # GnuTLS' names, without GROUP-
-    server_preference: bool
-    tickets: bool
-    notes: tuple[str, ...]              # what the string asks for and does not get, and why
+# What a priority string comes to on Python's ssl: of "TLSv1.2" and "TLSv1.3"; TLS 1.2 suites, the best first, by
+# OpenSSL's names; TLS 1.3 suites, by IANA's; groups, by GnuTLS', without GROUP-; two bools; what is not as written.
+TLSPlan = namedtuple("TLSPlan", "versions ciphers suites13 groups server_preference tickets notes")
 
 
 NORMAL = {                              # the ordered sets that a priority string works on, as the level NORMAL has them
@@ -2152,11 +2106,11 @@ def _try_handshake(context, cert_file):
 
 class Pool:
     """A few threads for what takes long. They start when there is work, and do not keep the program from ending."""
-
     def __init__(self, size: int):
         self.size, self.started, self.jobs = size, 0, queue.SimpleQueue()
 
     def submit(self, job: Callable[[], None]) -> None:
+        """Have a thread do it. It sees to its own exceptions."""
         self.jobs.put(job)
         if self.started < self.size:
             self.started += 1
@@ -2164,10 +2118,7 @@ class Pool:
 
     def _work(self) -> None:
         while True:
-            try:
-                self.jobs.get()()
-            except Exception:
-                log.exception("a thread of the pool goes on after a fault")
+            self.jobs.get()()
 
 
 PENDING = object()                          # the place of an answer that a thread is to bring
@@ -2365,11 +2316,8 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
 
 class WSGIResponse:
     """What an application says by start_response(), write(), which hands on to `put`, and its iterable."""
-
     def __init__(self, to_head: bool, put: Callable[[bytes], Any]):
-        self.to_head = to_head
-        self.put = put
-        self.status, self.headers = 0, []
+        self.to_head, self.put, self.status, self.headers = to_head, put, 0, []
         self.length = self.size = None      # bytes of all the content: as Content-Length says; as a list has them
         self.count = 0                      # bytes so far; after the first, the head is on its way
 
@@ -2441,10 +2389,8 @@ class Handover:
     """An iterator of pieces that another thread makes. As long as the next one is not there, it gives b""."""
 
     def __init__(self, request: Request):
-        self.request = request
-        self.queue: list[bytes] = []
-        self.size = 0                       # bytes in it
-        self.changed = threading.Condition()
+        self.request, self.changed = request, threading.Condition()
+        self.queue, self.size = [], 0       # pieces, and the bytes in them
         self.end: Optional[BaseException] = None
 
     def fill(self, pieces: Generator[bytes, None, None]) -> None:
@@ -2538,17 +2484,14 @@ def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 
 def run(**parameters: Any) -> None:
     """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace. Main thread."""
     server = Server(**parameters)
-    url = server.url                                        # OSError comes from here
+    every = " and every other address" if server.params.ip in ("", "*") else ""
+    found = "httpd.py %s listens on %s%s" % (__version__, server.url, every)        # OSError comes from here
+    stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
+    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: lambda *_: server.reload_tls()}
     previous = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
-            previous[number] = signal.signal(number, stop)
-        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: server.reload_tls())
-        every = " and every other address" if server.params.ip in ("", "*") else ""
-        print("httpd.py %s listens on %s%s" % (__version__, url, every), flush=True)
-        for root in roots.values():
-            print("  /%s  %s" % (root.name, root.module), flush=True)
+        previous.update((number, signal.signal(number, handler)) for number, handler in wanted.items())
+        print(found, *("  /%s  %s" % (root.name, root.module) for root in roots.values()), sep="\n", flush=True)
         gc.freeze()                                         # full collections need not look at what was loaded: 3 ms
         server.run()
     finally:

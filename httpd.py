@@ -61,7 +61,6 @@ log = logging.getLogger("httpd")
 
 
 # ---------------------------------------------------------------------------------------------------------- Parameters
-
 class ConfigError(ValueError):
     """The operator's or the programmer's mistake: a line for each problem, which says what to do instead."""
 
@@ -288,7 +287,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ Registry
-
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -416,7 +414,6 @@ def answer_options(request: Request, page: Page) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- Request and Page
-
 class FormFile(NamedTuple):
     """A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes."""
     filename: str
@@ -424,12 +421,8 @@ class FormFile(NamedTuple):
     content: bytes
 
 
-class ClientCert(NamedTuple):
-    """Who the client is, by a certificate that tls_ca_file vouches for: such as CN=alice,O=Example; and a hexadecimal."""
-    subject: str
-    serial: str
-
-
+# Who the client is, by a certificate that tls_ca_file vouches for: such as CN=alice,O=Example; and a hexadecimal.
+ClientCert = namedtuple("ClientCert", "subject serial")
 CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
 
 
@@ -614,28 +607,12 @@ NO_TRAILERS = frozenset("authorization cache-control connection content-encoding
 KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
 
 
-class Fields(NamedTuple):
-    """A header section. Requests that bring the same bytes share it."""
-    headers: Mapping[str, str]
-    length: int                 # of the content; or CHUNKED
-    connection: str             # what to answer: KEPT, KEPT_1_0 or CLOSED
-    expect: Optional[str]
-    form: bool                  # the content is a form
-
-
-class Head(NamedTuple):
-    """A request line and header section that the parser has accepted."""
-    method: str
-    target: str
-    version: str
-    path: str                   # percent-decoded
-    query: str
-    root: str                   # the first segment of the path,
-    url: str                    # and the rest
-    scheme: str                 # of an absolute-form target, else empty
-    connection: str
-    fields: Fields
-    waits: bool                 # there is content, or an expectation, to be looked at before the answer
+# A header section, which requests that bring the same bytes share: name -> value; the length of the content, or CHUNKED;
+# what to answer: KEPT, KEPT_1_0 or CLOSED; what is expected, in small letters, or None; the content is a form.
+Fields = namedtuple("Fields", "headers length connection expect form")
+# A request line and header section that the parser has accepted. The path is percent-decoded, `root` its first segment,
+# `url` the rest; `scheme` that of an absolute-form target; it `waits` if there is content, or an expectation, to look at.
+Head = namedtuple("Head", "method target version path query root url scheme connection fields waits")
 
 
 def require(condition: Any, status: int, reason: str) -> None:
@@ -941,7 +918,6 @@ def weight(value: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- Connection
-
 def content_pieces(request: Request, page: Page, head: bytes, length: int, room: int) -> Generator[Any, int, None]:
     """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what
     is to be sent, or None when there is nothing yet."""
@@ -1476,7 +1452,6 @@ def checked_status(status: Any, page: Page) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- Server
-
 ACCEPT_BATCH = 64           # connections taken in before those that are there get their turn
 EXPIRE_BATCH = 100          # connections closed for being late, the same
 SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
@@ -2480,7 +2455,6 @@ def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-
 def run(**parameters: Any) -> None:
     """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace. Main thread."""
     server = Server(**parameters)

@@ -194,9 +194,7 @@ def httpd_in_force(**overrides: Any) -> SimpleNamespace:
 
 def loadmodule(name: str, **parameters: Any) -> None:
     """Load a module of this file (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters, a dict.
-
-    OpenSIPS' way to write it, `mi_http.so`, is taken too. ConfigError, also if it is loaded. Main thread, at start.
-    """
+    `mi_http.so`, as OpenSIPS writes it, is taken too. ConfigError, also if it is loaded. Main thread, at start."""
     name = re.sub(r"^.*/|\.so$", "", name)
     for key, value in parameters.items():
         modparam(name, key, value)
@@ -250,9 +248,7 @@ def read_config(path: str, problems: list[str]) -> list[tuple[str, str, str, str
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     """Read a configuration: set its parameters, then `overrides` (name=value, module.name=value), load its modules.
-
-    Raises ConfigError with all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start.
-    """
+    ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start."""
     problems: list[str] = []
     lines = read_config(path, problems)
     modules: dict[str, str] = {}
@@ -292,9 +288,7 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 class HTTPError(Exception):
     """The client's fault, for handlers too: answered with this status, these fields and the reason as a line of text.
-
-    From an MI command, status and reason are the code and the message of the JSON-RPC error.
-    """
+    From an MI command, status and reason are the code and the message of the JSON-RPC error."""
     def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
         super().__init__(status, reason)
         self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
@@ -302,8 +296,7 @@ class HTTPError(Exception):
             check_field(name, value)
 
 
-SUSPEND = -2        # what an access handler returns that wants to be called again, after request.resume()
-END = -1            # what flush_data_cb returns when the content is complete
+SUSPEND, END = -2, -1       # what an access handler returns to be called again; what flush_data_cb returns at the end
 
 
 # A root path and who answers there; the handlers by method.
@@ -313,6 +306,7 @@ Root = namedtuple("Root", "name module handlers content_type flush upload upload
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
 TOKEN = re.compile(_TOKEN.decode())
 FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")           # RFC 9110, 5.5: no control character but the tab
+DIGITS = re.compile("[0-9]{1,18}")
 
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 pending_inits: list[Callable[[], None]] = []            # the init_proc_cb's that this process has not run yet
@@ -500,12 +494,12 @@ def plain_address(address: Any) -> tuple[str, int]:
 
 def check_field(name: str, value: str) -> None:
     """We send what we would accept: a client's CR LF in a value must not end the head (RFC 9110, 5.5)."""
-    if not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+    rule = FIELD_VALUE if name.lower() != "content-length" else DIGITS
+    if not TOKEN.fullmatch(name) or not rule.fullmatch(value):
         raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
 
 
-HEADROOM = 512      # bytes before the content; a head without fields of the handler's own has about 150
-TAILROOM = 2        # and behind it, for the end of a chunk
+HEADROOM, TAILROOM = 512, 2         # bytes before the content, for a head of about 150; and behind it, to end a chunk
 OWN_FIELDS = {"connection", "date", "keep-alive", "transfer-encoding", "upgrade"}
 
 
@@ -558,13 +552,13 @@ class Page:
         ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets."""
         key, value = name.lower(), str(value)
         check_field(name, value)
-        if key in OWN_FIELDS or key == "content-length" and not re.fullmatch("[0-9]{1,18}", value):
-            raise ValueError("%s is set by the server, or not %r" % (name, value))
+        if key in OWN_FIELDS:
+            raise ValueError("%s is set by the server" % name)
         if key == "content-type":
             self._content_type = value
         else:
-            add = add or key == "set-cookie"
-            self._fields = (*(field for field in self._fields if add or field[0].lower() != key), (name, value))
+            kept = (field for field in self._fields if add or key == "set-cookie" or field[0].lower() != key)
+            self._fields = (*kept, (name, value))
 
 
 # -------------------------------------------------------------------------------------------------------------- Parser
@@ -595,8 +589,7 @@ REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H
 FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
 
-CHUNKED = -1            # beside a Content-Length of 0 or more; and for what goes out to HTTP/1.0:
-UNTIL_CLOSE = -2
+CHUNKED, UNTIL_CLOSE = -1, -2       # beside a Content-Length of 0 or more; the second is for what goes out to HTTP/1.0
 MAX_FIELDS = 128
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 # RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
@@ -712,8 +705,8 @@ def content_length(headers: Mapping[str, str], twice: Any, old: bool) -> int:
     """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through doubts."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None:
-        digits = "content-length" not in twice and re.fullmatch("[0-9]{1,18}", length)
-        require(digits, 400, "Content-Length is not 1 to 18 digits, once")
+        once = "content-length" not in twice
+        require(once and DIGITS.fullmatch(length), 400, "Content-Length is not 1 to 18 digits, once")
     if coding is None:
         return int(length or 0)
     require(length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
@@ -749,11 +742,9 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
 
 
 def decode_content(length: int, limit: float, overhead: int, write: Callable) -> Generator[int, bytes, bytes]:
-    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece.
-
-    send() it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon
-    as that is over `limit`. `overhead`: bytes that chunk extensions and trailers may have.
-    """
+    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece. send()
+    it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon as that
+    is over `limit`. `overhead`: bytes that chunk extensions and trailers may have."""
     too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size" % limit
     require(length <= limit, 413, too_large)
     data = bytearray()
@@ -853,11 +844,9 @@ def media_type(content_type: str) -> str:
 
 
 class Memo(dict):
-    """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before.
-
-    What comes for the second time is remembered. A full young generation becomes the old one, and what is asked for
-    again comes back from there: heads that never come again leave only a hash, and cannot push out those that do.
-    """
+    """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before. What
+    comes for the second time is remembered. A full young generation becomes the old one, and what is asked for again
+    comes back from there: heads that never come again leave only a hash, and cannot push out those that do."""
     def __init__(self, size: int):
         super().__init__()
         self.old: dict[bytes, Any] = {}
@@ -1143,8 +1132,7 @@ class Connection:
                 line, _, block = raw.partition(b"\r\n")
                 fields = server.sections[block]
             head = server.admit(raw, line, block, fields)
-        self.received = data[end:]
-        self.checked = 0
+        self.received, self.checked = data[end:], 0
         return head
 
     def begin_content(self, head: Head) -> Optional[Request]:
@@ -1171,11 +1159,8 @@ class Connection:
         if not length:
             self.request = None
             return request
-        if upload:
-            limit, write = root.upload_limit, request._upload
-        else:
-            request.body = bytearray()
-            write = request.body.extend
+        body = request.body = b"" if upload else bytearray()
+        limit, write = (root.upload_limit, request._upload) if upload else (limit, body.extend)
         self.content = decode_content(length, limit, server.params.max_header_size, write)
         next(self.content)
         if wanted and not self.received:                    # RFC 9110, 10.1.1
@@ -1297,11 +1282,9 @@ class Connection:
         return False
 
     def suspended(self) -> bool:
-        """A callback waits for resume(). An event of the socket means that more has come, which waits; or the end.
-
-        A client that has gone looks like one that has only finished sending (RFC 9112, 9.6). The latter has an answer
-        to get: as long as nothing is sent, a 100 (Continue) tells, since it makes the system of the former object.
-        """
+        """A callback waits for resume(). An event of the socket means that more has come, which waits; or the end. A
+        client that has gone looks like one that has only finished sending (RFC 9112, 9.6) and is to be answered: as long
+        as nothing is sent, a 100 (Continue) tells, since the system of one that has gone objects."""
         request, interest = self.request, self.interest
         if request._resumed:
             request._resumed = False
@@ -1326,8 +1309,7 @@ class Connection:
         page.content_type = "text/plain; charset=utf-8"
         for name, value in error.headers.items():
             page.set_header(name, value)
-        page.write(("%d %s" % (error.status, error.reason)).encode()[:255])      # what the smallest buf_size holds
-        page.write(b"\n")
+        page.write(("%d %s" % (error.status, error.reason)).encode()[:255] + b"\n")    # what the smallest buf_size holds
         return error.status
 
     def refuse(self, refusal: HTTPError) -> None:
@@ -1349,14 +1331,11 @@ class Connection:
         if self.held:
             self.count()
         self.state = then = self.then
-        if then is Connection.idle:
+        if then is Connection.idle or then is Connection.stream:
             self.deadline = server.now + server.conn_timeout
-            return False
+            return False                                    # a stream goes on when others have had their turn
         if then is Connection.suspended:
             return self.suspend(self.request)
-        if then is Connection.stream:
-            self.deadline = server.now + server.conn_timeout
-            return False                                    # others have a turn
         self.deadline = server.now + server.params.request_timeout
         return then is not Connection.receive_head and then is not Connection.receive_content
 
@@ -1452,8 +1431,7 @@ def checked_status(status: Any, page: Page) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- Server
-ACCEPT_BATCH = 64           # connections taken in before those that are there get their turn
-EXPIRE_BATCH = 100          # connections closed for being late, the same
+ACCEPT_BATCH, EXPIRE_BATCH = 64, 100    # connections taken in, or closed for being late, before others get their turn
 SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
 DEFER = 1                   # seconds that the kernel waits for a request before it hands out a connection
 servers: set[Server] = set()    # those that listen
@@ -1545,15 +1523,12 @@ class Server:
             raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close.
-
-        From a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts.
-        """
+        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close. From a
+        handler it returns at once, else when that is done. It may be repeated; the shortest grace counts."""
         grace = self.params.grace_timeout if grace is None else grace
         self._stop_at = min(self._stop_at, time.monotonic() + grace)
-        if self._selector is None:
-            self._ended.set()                               # it has never listened, or it has ended
-            return
+        if self._selector is None:                          # it has never listened, or it has ended
+            return self._ended.set()
         self._wake_up()
         me = threading.get_ident()
         if self._thread and self._thread.ident != me:
@@ -2117,10 +2092,8 @@ def decode_json(text: str) -> Any:
 def register_mi(name: str, function: Callable, *, threads: bool = False) -> None:
     """Add an MI command: a function that returns what JSON can say. Its signature is the command's parameter list; text
     for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of its own.
-
     With threads=True it runs in one of the few threads of mi_http, else in the server's, and nobody else is served
-    meanwhile. ConfigError: the name is taken. Any thread.
-    """
+    meanwhile. ConfigError: the name is taken. Any thread."""
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
         raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
     mi_commands[name] = function, threads
@@ -2285,7 +2258,7 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
         "SERVER_PORT": str(port), "REMOTE_ADDR": client, "REMOTE_PORT": str(client_port), "wsgi.version": (1, 0),
         "wsgi.url_scheme": request.scheme, "wsgi.input": content or io.BytesIO(), "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr, "wsgi.multithread": threads > 1, "wsgi.multiprocess": False, "wsgi.run_once": False,
-        "wsgi.file_wrapper": FileWrapper})
+        "wsgi.file_wrapper": lambda file, size=0: FileWrapper(file, AHEAD_SIZE)})
     return environ
 
 
@@ -2418,12 +2391,10 @@ def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
 
 def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 0) -> None:
     """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what no other root takes.
-
     threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable is read as the client
               takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further requests wait:
               one that streams events keeps a thread. When its client goes, write() raises BrokenPipeError, and where it
               yields there is GeneratorExit
-
     Request content is limited by wsgi_body_size as it is now. ConfigError as from register_httpdcb(). Any thread.
     """
     from tempfile import SpooledTemporaryFile

@@ -3486,6 +3486,17 @@ def test_mounts_that_cannot_work():
         mount(inspect)
 
 
+@pytest.mark.parametrize("length", [" 500000", "+500000", "500_000", "9" * 30])
+def test_a_length_that_is_none_frees_the_thread(running, length):
+    """The 500 leaves the connection open: a thread that waited for its client would wait for long."""
+    mount(says(lambda environ: (b"x" * 50000 for _ in range(10)), headers=LENGTH(length)), 1)
+    with connect(running) as client:
+        for _ in range(3):
+            client.sendall(get(b"/app"))
+            data = client.recv(10000)
+            assert data.startswith(b"HTTP/1.1 500 ")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def command(*arguments, **options):

@@ -337,8 +337,8 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
     init_proc_cb       called once in every process that serves, in the server's thread, before the first request
     content_type       of the response, unless the handler sets page.content_type
     methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
-    upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives, before the handler is
-                       called with an empty request.body. HTTPError refuses the rest of it
+    upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives, and then the handler
+                       is called with an empty request.body. HTTPError refuses the rest of it
     upload_limit       bytes of the largest content for upload_data_cb; larger: 413
 
     Raises ConfigError: a bad root path, or one that is taken. Any thread.
@@ -456,13 +456,13 @@ class Request:
         found = self._connection.server.params.tls_ca_file and self._connection.sock.tls.getpeercert()
         if not found:
             return None
-        names = ["%s=%s" % (CERT_NAMES.get(name, name), value) for part in found["subject"][::-1] for name, value in part]
-        return ClientCert(",".join(names), found["serialNumber"])
+        names = [(CERT_NAMES.get(name, name), value) for part in found["subject"][::-1] for name, value in part]
+        return ClientCert(",".join(map("=".join, names)), found["serialNumber"])
 
     @property
     def form(self) -> dict[str, list]:
-        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile. HTTPError
-        400 if the body is not what its Content-Type says."""
+        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile.
+        HTTPError 400 if the body is not what its Content-Type says."""
         if self._form is None:
             self._form = parse_form(self._head.query, self.headers.get("content-type", ""), self.body)
         return self._form
@@ -600,11 +600,11 @@ NO_TRAILERS = frozenset("authorization cache-control connection content-encoding
 KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
 
 
-# A header section, which requests that bring the same bytes share: name -> value; the length of the content, or CHUNKED;
+# A header section, which requests that bring the same bytes share: name -> value; the length of the content or CHUNKED;
 # what to answer: KEPT, KEPT_1_0 or CLOSED; what is expected, in small letters, or None; the content is a form.
 Fields = namedtuple("Fields", "headers length connection expect form")
 # A request line and header section that the parser has accepted. The path is percent-decoded, `root` its first segment,
-# `url` the rest; `scheme` that of an absolute-form target; it `waits` if there is content, or an expectation, to look at.
+# `url` the rest; `scheme` that of an absolute-form target; it `waits` if there is content, or an expectation to see to.
 Head = namedtuple("Head", "method target version path query root url scheme connection fields waits")
 
 
@@ -742,9 +742,9 @@ def check_begin(data: bytes, start: int, limit: int) -> int:
 
 
 def decode_content(length: int, limit: float, overhead: int, write: Callable) -> Generator[int, bytes, bytes]:
-    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece. send()
-    it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon as that
-    is over `limit`. `overhead`: bytes that chunk extensions and trailers may have."""
+    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece.
+    send() it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon
+    as that is over `limit`. `overhead`: bytes that chunk extensions and trailers may have."""
     too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size" % limit
     require(length <= limit, 413, too_large)
     data = bytearray()
@@ -1283,8 +1283,8 @@ class Connection:
 
     def suspended(self) -> bool:
         """A callback waits for resume(). An event of the socket means that more has come, which waits; or the end. A
-        client that has gone looks like one that has only finished sending (RFC 9112, 9.6) and is to be answered: as long
-        as nothing is sent, a 100 (Continue) tells, since the system of one that has gone objects."""
+        client that has gone looks like one that has only finished sending (RFC 9112, 9.6) and is to be answered. As
+        long as nothing is sent, a 100 (Continue) tells, since the system of one that has gone objects."""
         request, interest = self.request, self.interest
         if request._resumed:
             request._resumed = False
@@ -1309,7 +1309,7 @@ class Connection:
         page.content_type = "text/plain; charset=utf-8"
         for name, value in error.headers.items():
             page.set_header(name, value)
-        page.write(("%d %s" % (error.status, error.reason)).encode()[:255] + b"\n")    # what the smallest buf_size holds
+        page.write(("%d %s" % (error.status, error.reason)).encode()[:255] + b"\n")     # the smallest buf_size holds it
         return error.status
 
     def refuse(self, refusal: HTTPError) -> None:
@@ -1431,7 +1431,7 @@ def checked_status(status: Any, page: Page) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- Server
-ACCEPT_BATCH, EXPIRE_BATCH = 64, 100    # connections taken in, or closed for being late, before others get their turn
+ACCEPT_BATCH, EXPIRE_BATCH = 64, 100    # connections taken in, or closed as late, before others get their turn
 SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
 DEFER = 1                   # seconds that the kernel waits for a request before it hands out a connection
 servers: set[Server] = set()    # those that listen
@@ -1523,8 +1523,8 @@ class Server:
             raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close. From a
-        handler it returns at once, else when that is done. It may be repeated; the shortest grace counts."""
+        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close. From
+        a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts."""
         grace = self.params.grace_timeout if grace is None else grace
         self._stop_at = min(self._stop_at, time.monotonic() + grace)
         if self._selector is None:                          # it has never listened, or it has ended
@@ -1984,7 +1984,7 @@ HINTS = {                               # OpenSSL's reason: what it means here
 
 def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> ssl.SSLContext:
     """A server's context for the plan, less what OpenSSL's security level hides; `ca_file`: clients need certificates.
-    ConfigError: a file that will not do, or no client could connect. Warns of an open key and an expired certificate."""
+    ConfigError: a file that will not do, or no client could connect. Warns of an open key, an expired certificate."""
     import ssl                              # here, since plain HTTP shall not pay for it
     subject, context = "tls_ciphers", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion[plan.versions[0].replace(".", "_")]
@@ -2101,7 +2101,7 @@ def register_mi(name: str, function: Callable, *, threads: bool = False) -> None
 
 mi_pool = cache(lambda: Pool(in_force("mi_http")["threads"]))
 mi_signature = cache(lambda function: import_module("inspect").signature(function))     # which takes 10 ms to import
-needs_nothing = cache(lambda function: all(p.default is not p.empty for p in mi_signature(function).parameters.values()))
+needs_nothing = cache(lambda call: all(p.default is not p.empty for p in mi_signature(call).parameters.values()))
 
 
 def bind_parameters(function: Callable, given: Any) -> Callable[[], Any]:
@@ -2300,7 +2300,7 @@ class WSGIResponse:
         return piece != b"" and not self.to_head and self.status not in (204, 304)
 
     def pieces(self, app: Callable, environ: dict[str, Any], written: Any) -> Generator[bytes, None, None]:
-        """Run the application, with context variables of its own: Flask keeps there who is asking, and others have their
+        """Run the application, with context variables of its own: Flask keeps there who is asking, and others have a
         turn between the pieces. The iterable is closed however this ends, be it with its last reference."""
         run = copy_context().run
         with environ["wsgi.input"], written:

@@ -137,6 +137,7 @@ PARAMETERS = {
 }
 params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
+places: dict[str, str] = {}                 # parameter of httpd -> FILE:LINE, where it has been set there
 
 
 def nearest(name: str, names) -> str:
@@ -269,6 +270,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
                 raise ConfigError("%s: %s is set already, at %s" % (module, name, seen[module, name]))
             if name:
                 modparam(module, name, value)
+                places.update({name: where} if module == "httpd" else {})
         except ConfigError as error:
             problems.append("%s: %s" % (where, error))
     if not problems:
@@ -456,7 +458,8 @@ class Request:
         found = self._connection.server.params.tls_ca_file and self._connection.sock.tls.getpeercert()
         if not found:
             return None
-        names = [(CERT_NAMES.get(name, name), value) for part in found["subject"][::-1] for name, value in part]
+        names = [(CERT_NAMES.get(name, name), re.sub(r'([\\,+"<>;])', r"\\\1", value))      # RFC 4514, 2.4
+                 for part in found["subject"][::-1] for name, value in part]
         return ClientCert(",".join(map("=".join, names)), found["serialNumber"])
 
     @property
@@ -497,6 +500,8 @@ def check_field(name: str, value: str) -> None:
     rule = FIELD_VALUE if name.lower() != "content-length" else DIGITS
     if not TOKEN.fullmatch(name) or not rule.fullmatch(value):
         raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
+    if name.lower() in OWN_FIELDS:
+        raise ValueError("%s is set by the server" % name)
 
 
 HEADROOM, TAILROOM = 512, 2         # bytes before the content, for a head of about 150; and behind it, to end a chunk
@@ -552,8 +557,6 @@ class Page:
         ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets."""
         key, value = name.lower(), str(value)
         check_field(name, value)
-        if key in OWN_FIELDS:
-            raise ValueError("%s is set by the server" % name)
         if key == "content-type":
             self._content_type = value
         else:
@@ -911,7 +914,11 @@ def content_pieces(request: Request, page: Page, head: bytes, length: int, room:
     """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what
     is to be sent, or None when there is nothing yet."""
     view, flush, pos, left = page._view, request._root.flush, 0, math.inf if length < 0 else length
-    while (count := flush(request, pos, view[HEADROOM:HEADROOM + room])) != END:
+    while True:
+        with view[HEADROOM:HEADROOM + room] as buf:         # who keeps it cannot touch what others get
+            count = flush(request, pos, buf)
+        if count == END:
+            break
         if not isinstance(count, int) or not 0 <= count <= min(room, left):
             raise ValueError("flush_data_cb returned %r where it could give %.0f bytes" % (count, min(room, left)))
         if not count and head:
@@ -943,6 +950,7 @@ RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that o
 TLS_SEND_SIZE = 2**16       # bytes of one send() over TLS: it may have to be repeated from its start
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
+RESET_AT_ONCE = b"\1\0\0\0\0\0\0\0"               # struct linger: on, 0 s
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
 TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
@@ -987,7 +995,7 @@ class Connection:
         self.deadline = server.now + server.conn_timeout
         self.received, self.checked = b"", 0        # the next requests, or the beginning of one, checked so far
         self.request = self.content = self.pieces = None    # under way; decode_content() and content_pieces() of it
-        self.kept = 0                       # bytes of its content that are here
+        self.kept = 0                       # bytes that decode_content() holds
         self.closing = False                # the connection ends with its response
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
         self.held = self.discarded = 0      # bytes counted against memory_budget; and read after a refusal
@@ -1007,6 +1015,9 @@ class Connection:
                 continue
             except OSError as error:
                 log.debug("%s: the connection is lost: %s", self.peer, error)
+                if self.state is Connection.shake_hands:    # a reset would overtake the alert that says why
+                    self.state = Connection.shut
+                    continue
                 self.close(cut=True)
             except BaseException as fault:
                 self.close(cut=True)
@@ -1043,7 +1054,8 @@ class Connection:
         self.sock.tls.do_handshake()
         suite, version, _ = self.sock.tls.cipher()
         if version == "TLSv1.3" and suite not in self.server.plan.suites13:
-            raise OSError("the TLS 1.3 suite %s is not in tls_ciphers" % suite)     # which OpenSSL cannot be told
+            log.debug("%s: closed: %s is not in tls_ciphers, which OpenSSL cannot be told", self.peer, suite)
+            return self.close(cut=True)
         self.deadline = self.server.now + self.server.conn_timeout
         self.state = Connection.idle
         return True
@@ -1094,11 +1106,11 @@ class Connection:
                     if status == SUSPEND:
                         return self.suspend(request)
                     status = checked_status(status, page)
-                    if page._end == HEADROOM and (root.flush or page.length is not None) and status not in (204, 304):
+                    if page._end == HEADROOM and (root.flush or page.length) and status not in (204, 304):
                         return self.begin_stream(request, status)
             except Exception as error:
-                status = self.write_error(error, head)
-                if status == 400:
+                status, self.request = self.write_error(error, head), None
+                if status in (400, 503):
                     connection = CLOSED
             self.respond(status, connection, head.method != "HEAD")
             if self.then is not Connection.serve or len(self.out) > RECEIVE_SIZE:
@@ -1148,8 +1160,8 @@ class Connection:
             return Request(self, head, data[:length])
         self.request = request = Request(self, head, b"")
         try:
-            request._root, _ = find_root(head)
-            wanted = expect is not None
+            request._root, handler = find_root(head)
+            wanted, upload = expect is not None, handler is not answer_options and upload
         except HTTPError:
             if length and (expect is not None or not 0 < length <= limit):
                 raise
@@ -1177,7 +1189,7 @@ class Connection:
         server, request = self.server, self.request
         try:
             self.received = b""
-            self.kept = self.content.send(data) + len(request.body)
+            self.kept = self.content.send(data)
             self.wait_in(Connection.receive_content)
             longest = max(server.conn_timeout, server.params.request_timeout)
             self.deadline = min(self.deadline + len(data) / 500, server.now + longest)
@@ -1220,11 +1232,11 @@ class Connection:
             page._view[start:HEADROOM] = head
             self.out = page._view[start:end]
         server.requests += 1
-        self.state = Connection.flush
         self.then = Connection.serve if self.received else Connection.idle
         if connection is CLOSED:                            # RFC 9112, 9.6: what follows is not processed
-            self.then = Connection.shut if self.received or len(self.out) > RECEIVE_SIZE else Connection.close
-            self.received = b""
+            more = self.received or self.state is Connection.suspended or len(self.out) > RECEIVE_SIZE
+            self.then, self.received = Connection.shut if more else Connection.close, b""
+        self.state = Connection.flush
 
     def begin_stream(self, request: Request, status: int) -> bool:
         """The content comes from flush_data_cb. Its first piece leaves with the head."""
@@ -1240,10 +1252,11 @@ class Connection:
             raise ValueError("the handler has set Content-Length %d and written nothing" % length)
         else:
             pieces = content_pieces(request, page, raw, length, server.room())
+        self.request = request
         self.count()
         first = next(pieces)                                # an exception is still answered, nothing has been sent
         self.out = self.out + first if self.out else first
-        self.request, self.pieces = request, pieces
+        self.pieces = pieces
         self.state, self.then = Connection.flush, Connection.stream
         server.requests += 1
         return True
@@ -1254,6 +1267,7 @@ class Connection:
             piece = self.pieces.send(self.server.room())
         except StopIteration:
             self.request = self.pieces = None
+            self.count()
             if self.closing or self.server.stopping:
                 self.received, self.state = b"", Connection.shut
                 return True
@@ -1271,8 +1285,8 @@ class Connection:
 
     def suspend(self, request: Request) -> bool:
         """Wait for request.resume(), as long as that takes; the answers to requests before it leave first."""
-        self.count()
         self.request = request
+        self.count()
         if self.out:
             self.state, self.then = Connection.flush, Connection.suspended
             return True
@@ -1325,7 +1339,7 @@ class Connection:
         server, out = self.server, self.out
         sent = self.sock.send(out)
         if sent < len(out):
-            self.out = out[sent:]
+            self.out = memoryview(out)[sent:]
             return True
         self.out = b""
         if self.held:
@@ -1355,6 +1369,7 @@ class Connection:
     def count(self) -> None:
         """Count what this connection keeps between its turns; 503 if memory_budget has no room for it."""
         server, size = self.server, len(self.received) + self.kept + len(getattr(self.out, "obj", self.out))
+        size += len(self.request.body) if self.request else 0
         more = size - self.held
         if more > 0 and server.held + more > server.params.held_size:
             raise HTTPError(503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
@@ -1364,9 +1379,11 @@ class Connection:
     def say_goodbye(self) -> None:
         """TLS: send close_notify; an end without it might be an attacker's (RFC 8446, 6.1)."""
         tls = getattr(self.sock, "tls", None)
-        if tls and self.state is not Connection.shake_hands:
-            with suppress(OSError, ValueError):             # mostly SSLWantReadError; or the connection is lost
-                tls.shutdown()
+        try:
+            tls and tls.shutdown()
+        except (OSError, ValueError) as error:              # mostly SSLWantReadError; or the connection is lost
+            if self.state is Connection.shut and TLS_WANTS.get(type(error).__name__) == WRITE:
+                raise                                       # the socket is full: run `shut` again
 
     def shut(self) -> bool:
         """All is sent: say so, and wait until the client has read it."""
@@ -1388,6 +1405,8 @@ class Connection:
         if self.state is not Connection.closed:
             if not cut:
                 self.say_goodbye()
+            if self.pieces and self.request._head.version == "HTTP/1.0":    # to which an orderly end is the whole
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
             self.received, self.out, self.content, self.kept = b"", b"", None, 0
             self.request = self.pieces = None
             self.count()
@@ -1402,10 +1421,10 @@ class Connection:
 
     def expire(self) -> None:
         """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
-        unsent, streaming = len(self.out), self.state is Connection.stream
         begun = self.state is Connection.receive_head and self.received.strip(b"\r\n")
         if begun or self.state is Connection.receive_content:
             self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
+        unsent, streaming = len(self.out), self.state is Connection.stream
         if streaming or self.state is Connection.flush:     # epoll is silent until a third of the buffer is free: try
             self.turn()
         if self.deadline <= self.server.now or len(self.out) == unsent and not streaming:
@@ -1609,7 +1628,9 @@ class Server:
         return "%s://%s:%d" % (self.scheme, host, port)
 
     def _open(self) -> None:
-        if self._selector is None and not self._ended.is_set():
+        with init_lock:                                     # the first call may come from two threads
+            if self._selector or self._ended.is_set():
+                return
             self._woken, self._wake = socket.socketpair()
             self._wake.setblocking(False)
             selector = selectors.EpollSelector()
@@ -1650,8 +1671,8 @@ class Server:
                 self._tick()
         finally:
             self._busy = False
-        if self._resumed:                                   # meanwhile; the next turn is theirs
-            self._wake_up()
+            if self._resumed:                               # meanwhile; the next turn is theirs
+                self._wake_up()
 
     def _resume(self, request: Request) -> None:
         self._resumed.append(request)
@@ -1816,7 +1837,7 @@ class Server:
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        if connection.interest:
+        if connection.interest and self._selector:          # else _close() has been faster
             self._selector.unregister(connection.sock)
         self._set_accepting(not self.stopping)
 
@@ -1973,6 +1994,7 @@ def tls_priority(text: str) -> TLSPlan:
                    tuple(notes))
 
 
+PARTIAL_CHAIN = 0x80000                 # ssl.VERIFY_X509_PARTIAL_CHAIN, which has a name from Python 3.10 on
 HINTS = {                               # OpenSSL's reason: what it means here
     "KEY_VALUES_MISMATCH": "the key does not belong to the certificate",
     "NO_CERTIFICATE_ASSIGNED": "the key does not belong to the certificate, it is of another type",
@@ -2013,8 +2035,10 @@ def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "")
             _check_pem("tls_ca_file", ca_file, b"CERTIFICATE")
             context.load_verify_locations(ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
-    except ssl.SSLError as error:
-        raise ConfigError("%s: %s" % (subject, HINTS.get(error.reason, "damaged? OpenSSL says %s" % error))) from None
+            context.verify_flags |= PARTIAL_CHAIN           # an intermediate CA will do
+    except OSError as error:                                # SSLError, or a file has gone since _check_pem()
+        hint = HINTS.get(getattr(error, "reason", None), "damaged? OpenSSL says %s" % error)
+        raise ConfigError("%s: %s" % (subject, hint)) from None
     return context
 
 
@@ -2024,7 +2048,8 @@ def _check_pem(parameter, path, kind):
         with open(path, "rb") as file:
             content, mode = file.read(), os.fstat(file.fileno()).st_mode
     except (OSError, ValueError) as error:
-        raise ConfigError("%s: %s cannot be read: %s" % (parameter, path, error)) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("%s: %s cannot be read: %s" % (parameter, path, reason)) from None
     if not re.search(b"-----BEGIN [A-Z0-9 ]*%s-----" % kind, content):
         raise ConfigError("%s: %s has no BEGIN %s: is it the right file, in PEM?" % (parameter, path, kind.decode()))
     if kind == b"PRIVATE KEY" and re.search(b"BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED", content):
@@ -2038,7 +2063,7 @@ def _try_handshake(context, cert_file):
     import ssl
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
-    client.verify_flags |= 0x80000          # VERIFY_X509_PARTIAL_CHAIN, which has a name from Python 3.10 on
+    client.verify_flags |= PARTIAL_CHAIN
     client.load_verify_locations(cert_file)
     client.set_ciphers("ALL:@SECLEVEL=0")
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -2071,7 +2096,7 @@ class Pool:
             self.jobs.get()()
 
 
-PENDING = object()                          # the place of an answer that a thread is to bring
+PENDING, MI_WAITING = object(), 1000        # the place of an answer that a thread is to bring; so many of them wait
 mi_commands: dict[str, tuple[Callable, bool]] = {}          # name -> the function; it wants a thread
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 json_decoder = json.JSONDecoder(parse_constant=int)         # NaN and Infinity are no JSON: int() raises ValueError
@@ -2132,6 +2157,7 @@ def call_mi(call: Any, in_thread: bool = False) -> Any:
             raise HTTPError(-32601, "Method not found")
         function, threads = mi_commands[method]
         if threads and not in_thread:
+            require(mi_pool().jobs.qsize() < MI_WAITING, -32000, "Too many commands wait for a thread")
             return PENDING
         try:
             bound = bind_parameters(function, given)
@@ -2139,7 +2165,7 @@ def call_mi(call: Any, in_thread: bool = False) -> Any:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
         member, value = "result", encode_json(bound())
-    except Exception as error:
+    except (BaseException if in_thread else Exception) as error:
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
             error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
@@ -2277,9 +2303,9 @@ class WSGIResponse:
             raise RuntimeError("start_response() has been called already")
         if not re.fullmatch("[2-5][0-9]{2}( [\t -~\x80-\xff]*)?", status):
             raise ValueError("no status from 200 to 599: %r" % status)
-        for name, value in headers:
+        self.headers = [(name, value) for name, value in headers if name.lower() not in OWN_FIELDS]
+        for name, value in self.headers:
             check_field(name, value)
-        self.headers = [field for field in headers if field[0].lower() not in OWN_FIELDS]
         self.length = next((int(value) for name, value in headers if name.lower() == "content-length"), None)
         self.status = int(status[:3])
         return self.write
@@ -2432,7 +2458,8 @@ def run(**parameters: Any) -> None:
     every = " and every other address" if server.params.ip in ("", "*") else ""
     found = "httpd.py %s listens on %s%s" % (__version__, server.url, every)        # OSError comes from here
     stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
-    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: lambda *_: server.reload_tls()}
+    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop}
+    wanted.update({signal.SIGHUP: lambda *_: server.reload_tls()} if server.tls else {})
     previous = {}
     try:
         previous.update((number, signal.signal(number, handler)) for number, handler in wanted.items())
@@ -2490,7 +2517,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
             run()
         return 0
     except (ConfigError, OSError) as error:
-        print(error, file=sys.stderr)
+        name = re.match(r"(?:httpd: )?(\w*)", str(error))[1]       # a parameter that has turned out to be wrong now
+        text = "%s: httpd: %s" % (places[name], re.sub("^httpd: ", "", str(error))) if name in places else error
+        print(text, file=sys.stderr)
         return 1
 
 

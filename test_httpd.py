@@ -1763,9 +1763,9 @@ FILE_ROWS = [
     (BOTH, "rsa.pem", "rsa.key", "ca.pem", "", "", "client certificates"),
     (BOTH, "rsa.pem", "open.key", "", "", "tls_key_file: {}/open.key can be read by everybody: chmod o-r", "a key that everybody can read"),
     (BOTH, "expired.pem", "ec.key", "", "", "tls_cert_file: {}/expired.pem: clients will refuse it: certificate has expired", "an expired certificate"),
-    (BOTH, "none.pem", "rsa.key", "", "tls_cert_file: {}/none.pem cannot be read: [Errno 2] No such file or directory", "", "no certificate"),
-    (BOTH, "rsa.pem", "none.key", "", "tls_key_file: {}/none.key cannot be read: [Errno 2] No such file or directory", "", "no key"),
-    (BOTH, "", "rsa.key", "", "tls_cert_file: {} cannot be read: [Errno 21] Is a directory", "", "a directory"),
+    (BOTH, "none.pem", "rsa.key", "", "tls_cert_file: {}/none.pem cannot be read: No such file or directory", "", "no certificate"),
+    (BOTH, "rsa.pem", "none.key", "", "tls_key_file: {}/none.key cannot be read: No such file or directory", "", "no key"),
+    (BOTH, "", "rsa.key", "", "tls_cert_file: {} cannot be read: Is a directory", "", "a directory"),
     (BOTH, "rsa.pem", "a\0b", "", "tls_key_file: {}/a\0b cannot be read: embedded null byte", "", "a name that no file has"),
     (BOTH, "der.pem", "rsa.key", "", "tls_cert_file: {}/der.pem has no BEGIN CERTIFICATE: is it the right file, in PEM?", "", "DER"),
     (BOTH, "rsa.pem", "rsa.pem", "", "tls_key_file: {}/rsa.pem has no BEGIN PRIVATE KEY: is it the right file, in PEM?", "", "a certificate as key"),
@@ -2996,6 +2996,376 @@ def test_connections_that_are_late_together_are_closed_in_parts():
     server.stop(0)
 
 
+@pytest.mark.parametrize("headers", [{"Connection": "close"}, {"Date": "now"}, {"Content-Length": "x"}])
+def test_fields_of_an_http_error_that_the_server_sets_itself(server, caplog, headers):
+    """write_error() raises: from upload_data_cb the server ends, from a handler the client gets no answer."""
+    def fail(*_):
+        raise httpd.HTTPError(503, "later", headers)
+    httpd.register_httpdcb("test", "h", fail)
+    httpd.register_httpdcb("test", "u", lambda request, page: 200, upload_data_cb=fail)
+    assert answers(exchange(server, get(b"/h"))[0])[0].status == 500
+    assert answers(exchange(server, post(b"abc", path=b"/u"))[0])[0].status == 500
+
+
+def test_contents_of_suspended_requests_are_counted(server):
+    """kept = 0 when the content is whole: any number of suspended requests may keep a body each."""
+    parked.clear()
+    httpd.register_httpdcb("test", "park", park)
+    small = httpd.Server(ip="127.0.0.1", port=0, memory_budget=2 ** 20, receive_buf_size=100000, buf_size=4096)
+    with contextlib.ExitStack() as stack:
+        clients, said = [stack.enter_context(connect(small)) for _ in range(30)], b""
+        for client in clients:
+            client.sendall(post(b"x" * 100000, path=b"/park"))
+            said += pump(small, client)[0]
+        assert small.held <= small.params.held_size and sum(len(request.body) for request in parked if not request.closed) <= 2 ** 20
+        assert b"503" in said and parked
+        parked[0].state = 1
+        parked[0].resume()
+        assert answers(pump(small, clients[0])[0])[0].body == b"1"
+    settle(small, lambda: not small.connections)
+    assert small.held == 0
+    small.stop(0)
+
+
+def test_contents_of_requests_with_streams_are_counted(server):
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, lambda request, pos, buf: waiting.append(request) or httpd.END if pos or waiting[1:] else waiting.append(request) or 0, methods=("POST",))
+    waiting = []
+    with connect(server) as client:
+        client.sendall(post(b"x" * 1000, path=b"/s"))
+        pump(server, client)
+        assert server.held == 1000
+        waiting[0].resume()
+        waiting.append(0)
+        assert pump(server, client) == (b"0\r\n\r\n", "open") and server.held == 0
+
+
+def test_a_handler_that_outlasts_a_stop_from_another_thread(server):
+    """AttributeError out of run_once(), into the foreign loop."""
+    begun, faults = threading.Event(), []
+
+    def slow(request, page):
+        begun.set()
+        time.sleep(1.6)
+        return 200
+    httpd.register_httpdcb("test", "slow", slow)
+
+    def loop():
+        try:
+            while server.fileno() >= 0:
+                server.run_once(0.1)
+        except BaseException as fault:
+            faults.append(fault)
+    thread = threading.Thread(target=loop)
+    server.port                                             # listens, in this thread: see D18
+    thread.start()
+    with connect(server) as client:
+        client.send(get(b"/echo"))                          # so that the selector knows it
+        assert client.recv(1000)
+        client.send(get(b"/slow"))
+        assert begun.wait(5)
+        server.stop(0)
+        thread.join(5)
+    assert not thread.is_alive() and faults == []
+
+
+def test_content_length_0_is_kept_by_a_page_without_content(server):
+    """500, "has set Content-Length 0 and written nothing"."""
+    def handler(request, page):
+        page.set_header("Content-Length", 0)
+        return 200
+    answer = ask(server, handler)
+    assert (answer.status, answer.headers["Content-Length"]) == (200, "0")
+
+
+def test_a_command_in_a_thread_that_leaves(mi, server, caplog):
+    """SystemExit ends the thread of the pool, and the request waits for ever."""
+    httpd.mi_pool.cache_clear()
+    httpd.register_mi("leave", lambda: sys.exit(1), threads=True)
+    server.start()
+    for _ in range(5):
+        with connect(server) as client:
+            client.settimeout(2)
+            client.send(post(b'{"jsonrpc":"2.0","method":"leave","id":1}', b"Content-Type: application/json", path=b"/mi"))
+            assert answers(client.recv(1000))[0].json()["error"]["code"] == -32000
+    httpd.mi_pool.cache_clear()
+
+
+def test_commands_that_wait_for_a_thread_are_bounded(mi, server):
+    """who sends slow commands and goes away, again and again, fills the memory with what waits for a thread."""
+    httpd.mi_pool.cache_clear()
+    gate = threading.Event()
+    httpd.register_mi("slow", lambda: gate.wait(30), threads=True)
+    server.start()
+    raw = post(json.dumps([{"jsonrpc": "2.0", "method": "slow"}] * 20).encode(), b"Content-Type: application/json", path=b"/mi")
+    for _ in range(300):
+        with connect(server) as client:
+            client.send(raw)
+    time.sleep(0.5)
+    waiting = httpd.mi_pool().jobs.qsize()
+    gate.set()
+    httpd.mi_pool.cache_clear()
+    assert waiting <= 1100
+
+
+@pytest.mark.parametrize("flush", [None, ends])
+def test_503_for_want_of_memory_closes_though_a_request_suspends(flush):
+    """count() inside the try of serve: answered by write_error as a handler's, and the connection is kept."""
+    httpd.register_httpdcb("test", "park", lambda request, page: 200 if flush else httpd.SUSPEND, flush)
+    server = httpd.Server(ip="127.0.0.1", port=0)
+    with connect(server) as client:
+        client.send(get(b"/park") + get(b"/park"))
+        settle(server, lambda: server.connections)
+        server.stop(0)
+    server = httpd.Server(ip="127.0.0.1", port=0)
+    with connect(server) as client:
+        server.held = server.params.held_size
+        client.send(get(b"/park") + get(b"/park"))
+        data, end = pump(server, client, 5)
+        assert data.startswith(b"HTTP/1.1 503") and data.count(b"HTTP/1.1") == 1 and end == "closed"
+    server.stop(0)
+
+
+def test_a_piece_that_is_kept_cannot_touch_what_others_get(server):
+    """flush_data_cb keeps buf (mostly: a thread fills it and resumes): it writes into other clients' responses."""
+    kept = []
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, lambda request, pos, buf: kept.append(buf) or httpd.END)
+    exchange(server, get(b"/s"))
+
+    def handler(request, page):
+        page.write("secret")
+        with contextlib.suppress(ValueError):
+            kept[0][:3] = b"bad"
+        return 200
+    assert ask(server, handler).body == b"secret"
+
+
+def test_a_broken_stream_to_http_1_0_is_no_whole_one(server, caplog):
+    """a content that ends with the connection: FIN says that it is whole, only a reset says that it is not."""
+    httpd.register_httpdcb("test", "s", lambda request, page: 200, lambda request, pos, buf: ends(request, pos, buf) if pos else 1)
+    data, end = exchange(server, b"GET /s HTTP/1.0\r\n\r\n")
+    assert end == "reset"
+
+
+def test_a_408_is_followed_by_an_orderly_end(server):
+    """expire() closes at once what it has refused: `unsent` is from before the refusal."""
+    small = httpd.Server(ip="127.0.0.1", port=0, request_timeout=0.1)
+    with connect(small) as client:
+        client.send(b"GET / HTTP/1.1\r\n")
+        settle(small, lambda: small.connections)
+        connection, = small.connections
+        settle(small, lambda: connection.state is not httpd.Connection.receive_head)
+        assert connection.state is httpd.Connection.linger
+    small.stop(0)
+
+
+def test_what_ends_a_turn_does_not_hold_up_who_is_resumed(server):
+    """SystemExit out of a turn skips the wake-up for those who have been resumed in it: they wait for a second."""
+    parked.clear()
+    httpd.register_httpdcb("test", "park", park)
+
+    def leave(request, page):
+        parked[0].state = 1
+        parked[0].resume()
+        raise SystemExit
+    httpd.register_httpdcb("test", "leave", leave)
+    with connect(server) as client, connect(server) as other:
+        client.send(get(b"/park"))
+        settle(server, lambda: parked)
+        other.send(get(b"/leave"))
+        with pytest.raises(SystemExit):
+            for _ in range(100):
+                server.run_once(0.05)
+        import select
+        assert select.select([server.fileno()], [], [], 0.3)[0]
+
+
+def test_upload_data_cb_is_not_for_what_its_handler_will_not_see(server):
+    """OPTIONS is answered by the server, but its content goes to upload_data_cb."""
+    got = []
+    httpd.register_httpdcb("test", "u", lambda request, page: 200, upload_data_cb=lambda request, data: got.append(data))
+    assert answers(exchange(server, post(b"abc", path=b"/u").replace(b"POST", b"OPTIONS"))[0])[0].status == 204 and got == []
+
+
+def test_two_threads_that_are_the_first(server, monkeypatch):
+    """Thread(target=server.run).start(); server.url: both open a listener, and the port is not the one that is served."""
+    real, found = httpd.listen, []
+    monkeypatch.setattr(httpd, "listen", lambda *address: time.sleep(0.1) or real(*address))
+    threads = [threading.Thread(target=lambda: found.append(server.port)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("how", ["close", "stop"])
+def test_the_last_answer_to_who_was_suspended_is_not_lost_to_a_reset(server, how):
+    """what came behind it is still in the socket, not in `received`: close() means a reset, also at a graceful stop."""
+    parked.clear()
+    httpd.register_httpdcb("test", "park", park)
+    with connect(server) as client:
+        client.send(get(b"/park", b"Connection: " + (b"close" if how == "close" else b"keep-alive")))
+        settle(server, lambda: parked)
+        client.send(get())
+        pump(server, client, 3)
+        if how == "stop":
+            server._stop_at = time.monotonic() + 5          # as stop() does
+            server._wake_up()
+            server.run_once(0.1)
+        parked[0].state = 1
+        parked[0].resume()
+        server.run_once(0.1)
+        time.sleep(0.05)
+        client.setblocking(True)
+        assert answers(client.recv(10000))[0].headers["Connection"] == "close"
+        assert client.recv(10) == b""                       # ConnectionResetError
+
+
+def wait_for(condition, seconds=5):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """As for a client far away: what is sent soon has to wait."""
+    listen = httpd.listen
+
+    def listen_small(*address):
+        listener = listen(*address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+    monkeypatch.setattr(httpd, "listen", listen_small)
+
+
+# SIGHUP while a file is being replaced: load_cert_chain() raises FileNotFoundError, which is no SSLError; from the signal handler it ends run().
+@pytest.mark.parametrize("gone", ["cert.pem", "key.pem", "ca.pem"])
+def test_a_file_that_goes_during_reload(https, pki, tmp_path, monkeypatch, caplog, gone):
+    for name, source in ("cert.pem", "ec.pem"), ("key.pem", "ec.key"), ("ca.pem", "ca.pem"):
+        shutil.copy(pki / source, tmp_path / name)
+    server = https(tls_cert_file=tmp_path / "cert.pem", tls_key_file=tmp_path / "key.pem", tls_ca_file=tmp_path / "ca.pem")
+    check = httpd._check_pem
+
+    def check_and_remove(parameter, path, kind):
+        check(parameter, path, kind)
+        if path.endswith(gone):
+            os.unlink(path)
+    monkeypatch.setattr(httpd, "_check_pem", check_and_remove)
+    assert server.reload_tls() is False and "is not loaded anew" in caplog.text and gone in caplog.text
+
+
+# The socket is full when the last byte of the answer is in it: close_notify gets SSLWantWriteError, which is ignored, and FIN follows: truncated.
+def test_close_notify_comes_even_if_the_socket_is_full(https, small_buffers):
+    httpd.register_httpdcb("test", "n", lambda request, page: page.write(b"y" * int(request.lookup_arg("n"))) and 200)
+    server = https("ec")
+    for size in range(17000, 60000, 997):
+        with TLSClient(server.port) as client:
+            requests = server.requests
+            client.handshake()
+            client.tls.write(get(b"/n?n=%d" % size, b"Connection: close"))
+            client.push()
+            wait_for(lambda: server.requests > requests)
+            time.sleep(0.01)
+            data = b""
+            while more := client.read():                # SSLEOFError
+                data += more
+            assert len(answers(data)[0].body) == size
+
+
+# The subject is put together without escapes: O="Ex, Inc" or CN="x,CN=admin" read as something else (RFC 4514, 2.4).
+# tls_ca_file with an intermediate CA alone takes the start's checks, and then refuses everybody ("signed by one").
+def test_an_intermediate_ca_and_a_comma_in_the_subject(https, tmp_path):
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "root.key", "-out", "root.pem", "-subj", "/CN=root", "-days", "2")
+    (tmp_path / "ca.ext").write_text("basicConstraints=CA:TRUE\n")
+    for name, signer, more in ("inter", "root", ("-extfile", "ca.ext")), ("bob", "inter", ()):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", name + ".key", "-out", name + ".csr", "-subj", "/O=Ex, Inc/CN=%s,CN=admin" % name)
+        openssl("x509", "-req", "-in", name + ".csr", "-CA", signer + ".pem", "-CAkey", signer + ".key", "-CAcreateserial", "-days", "2", "-out", name + ".pem", *more)
+    httpd.register_httpdcb("test", "who", lambda request, page: page.write(request.client_cert.subject) and 200)
+    server = https("ec", tls_ca_file=tmp_path / "inter.pem")
+    with TLSClient(server.port, context={"load_cert_chain": (str(tmp_path / "bob.pem"), str(tmp_path / "bob.key"))}) as client:
+        client.handshake()
+        assert client.exchange(get(b"/who"))[0].body == rb"CN=bob\,CN=admin,O=Ex\, Inc"
+
+
+# README: "Every mistake is a line FILE:LINE: MODULE: what to do". What comes from the files has neither.
+@pytest.mark.parametrize("lines, expected", [
+    (["tls_cert_file = {}/none.pem", "tls_key_file = {}/rsa.key"], "test.cfg:2: httpd: tls_cert_file: {}/none.pem cannot be read: No such file or directory\n"),
+    (["tls_cert_file = {}/rsa.pem", "tls_key_file = {}/encrypted.key"], "test.cfg:3: httpd: tls_key_file: {}/encrypted.key is encrypted: "),
+    (["tls_cert_file = {}/rsa.pem", "", "tls_key_file = {}/other.key"], "test.cfg:2: httpd: tls_cert_file {}/rsa.pem with tls_key_file"),
+    (["tls_key_file = {}/rsa.key"], "test.cfg:2: httpd: tls_key_file is set without tls_cert_file"),
+    (["tls_cert_file = {}/rsa.pem", "tls_key_file = {}/rsa.key", "tls_ca_file = {}/empty.pem"], "test.cfg:4: httpd: tls_ca_file: {}/empty.pem has no BEGIN CERT"),
+    (["tls_cert_file = {}/rsa.pem", "tls_key_file = {}/rsa.key", "tls_ciphers = SUITEB128"], "no client could connect: tls_ciphers has no suite"),
+], ids=range(6))
+@pytest.mark.parametrize("option", [["-t"], []])
+def test_mistakes_name_file_and_line(pki, tmp_path, lines, expected, option):
+    (tmp_path / "test.cfg").write_text("\n".join(["[httpd]", *lines, "ip = 127.0.0.1", "port = 0"]).replace("{}", str(pki)))
+    done = subprocess.run([sys.executable, os.path.join(HERE, "httpd.py"), *option, "test.cfg"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    last = done.stderr.splitlines(True)[-1]
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert expected.replace("{}", str(pki)) in last and last.startswith("test.cfg:")
+
+
+# Pipelined answers are a bytearray, of which TLS takes a record of 16 KiB at a time, and out[sent:] copies the rest: the square of its size.
+def test_pipelined_large_answers_cost_no_more(https):
+    size = 30_000_000
+    large = bytes(size)
+    httpd.register_httpdcb("test", "l", lambda request, page: page.write(large) and 200)
+    server = https("ec", memory_budget=8 * size, buf_size=size)
+    clock = time.pthread_getcpuclockid(server._thread.ident)
+    cost = {}
+    for together in 1, 2:
+        context = ssl._create_unverified_context()
+        with context.wrap_socket(socket.create_connection(("127.0.0.1", server.port), timeout=60)) as client:
+            start = time.clock_gettime(clock)
+            for _ in range(2 // together):
+                client.sendall(get(b"/l") * together)
+                left = together * size
+                while left > 0:
+                    left -= len(client.recv(1 << 18))
+            cost[together] = time.clock_gettime(clock) - start
+    assert cost[2] < 4 * cost[1]
+
+
+# A client without certificate that sends on at once (as curl -d does) gets a reset, which overtakes the alert that would say why.
+def test_the_alert_comes_before_the_end(https, pki):
+    server = https("ec", tls_ca_file=pki / "ca.pem")
+    for _ in range(5):
+        with TLSClient(server.port) as client:
+            while True:
+                try:
+                    client.tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    client.push()
+                    client.pull()
+            client.tls.write(post(b"x" * 5000))         # leaves with the Finished
+            client.push()
+            time.sleep(0.02)
+            client.tls.write(b"y" * 100)
+            client.push()                               # BrokenPipeError, ConnectionResetError
+            time.sleep(0.02)
+            client.sock.getpeername()                   # what curl does next; OSError after a reset
+            with pytest.raises(ssl.SSLError, match="(?i)certificate.required"):
+                client.read()
+
+
+# SIGHUP for a server without TLS: it used to end it (a terminal that is closed); now it is an ERROR line, and an orphan that holds its port.
+def test_sighup_without_tls_ends_the_server(tmp_path):
+    (tmp_path / "test.cfg").write_text("[httpd]\nip = 127.0.0.1\nport = 0\n")
+    with subprocess.Popen([sys.executable, os.path.join(HERE, "httpd.py"), "test.cfg"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        try:
+            assert process.wait(2) == -signal.SIGHUP
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail("it lives on")
+
+
 # ---------------------------------------------------------------------------------------------------------------- WSGI
 
 @pytest.fixture
@@ -3522,7 +3892,7 @@ COMMAND_ROWS = [
     (["-t", "bad.cfg"], 1, r"bad\.cfg:2: .*\nbad\.cfg:3: .*\n", "-t says the same"),
     (["good.cfg", "-o", "port=1"], 1, r"-o port=1: httpd: port must be 0 or 1024 to 65535, not '1'\n", "-o is checked"),
     (["taken.cfg"], 1, r".*cannot listen on 127\.0\.0\.1 port \d+: Address already in use\n", "a port in use"),
-    (["half.cfg"], 1, r"httpd: .*tls_cert_file.*\n", "OPENSIPS, never 11: one half of TLS"),
+    (["half.cfg"], 1, r"half\.cfg:2: httpd: .*tls_cert_file.*\n", "OPENSIPS, never 11: one half of TLS"),
     ([], 2, r"usage: .*\n.*the following arguments are required: file\n", "no arguments"), (["--nonsense"], 2, r"(?s)usage: .*", "unknown option"),
 ]
 

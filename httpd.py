@@ -410,15 +410,11 @@ def answer_options(request: Request, page: Page) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- Request and Page
-class FormFile(NamedTuple):
-    """A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes."""
-    filename: str
-    content_type: str
-    content: bytes
-
-
+# A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes.
+FormFile = namedtuple("FormFile", "filename content_type content")
 # Who the client is, by a certificate that tls_ca_file vouches for: such as CN=alice,O=Example; and a hexadecimal.
 ClientCert = namedtuple("ClientCert", "subject serial")
+plain_address = lambda host, port, *_: (re.sub(r"^::ffff:(?=.*\.)", "", host), port)      # IPv4 peers of IPv6 sockets
 CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
 
 
@@ -443,8 +439,8 @@ class Request:
     headers = property(attrgetter("_head.fields.headers"), doc="lower-case name -> value, several joined by a comma")
     scheme = property(attrgetter("_connection.server.scheme"), doc="http or https")
     root = property(attrgetter("_root.name"), doc="the root path that has taken the request")
-    client = property(lambda self: plain_address(self._connection.peer), doc="address and port of the peer")
-    server = property(lambda self: plain_address(self._connection.sock.getsockname()), doc="those it is connected to")
+    client = property(lambda self: plain_address(*self._connection.peer), doc="address and port of the peer")
+    server = property(lambda self: plain_address(*self._connection.sock.getsockname()), doc="those it is connected to")
     closed = property(lambda self: self._connection.sock.fileno() < 0, doc="True once the client is gone")
 
     @property
@@ -487,12 +483,6 @@ class Request:
         if not self._resumed:
             self._resumed = True
             self._connection.server._resume(self)
-
-
-def plain_address(address: Any) -> tuple[str, int]:
-    """Host and port of an address of the socket module; an IPv4 peer of an IPv6 socket has its IPv4 address."""
-    host = address[0]
-    return host[7:] if host.startswith("::ffff:") and "." in host else host, address[1]
 
 
 def check_field(name: str, value: str) -> None:
@@ -612,7 +602,6 @@ Head = namedtuple("Head", "method target version path query root url scheme conn
 
 
 def require(condition: Any, status: int, reason: str) -> None:
-    """A rule that the client has to keep."""
     if not condition:
         raise HTTPError(status, reason)
 
@@ -851,7 +840,6 @@ class Memo(dict):
     comes for the second time is remembered. A full young generation becomes the old one, and what is asked for again
     comes back from there: heads that never come again leave only a hash, and cannot push out those that do."""
     def __init__(self, size: int):
-        super().__init__()
         self.old: dict[bytes, Any] = {}
         self.size = self.room = size // 2       # bytes of a generation, and those left
         self.once: set[int] = set()             # hashes of what has come once
@@ -885,7 +873,6 @@ class Memo(dict):
 class FieldLines(dict):
     """Field lines that have been parsed, line -> (name, value): most of what a client sends, it has sent before."""
     def __init__(self, size: int):
-        super().__init__()
         self.size = self.room = size            # bytes, and those left
 
     def __missing__(self, line: bytes) -> tuple[str, str]:
@@ -950,7 +937,6 @@ RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that o
 TLS_SEND_SIZE = 2**16       # bytes of one send() over TLS: it may have to be repeated from its start
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
-RESET_AT_ONCE = b"\1\0\0\0\0\0\0\0"               # struct linger: on, 0 s
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
 TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
@@ -973,7 +959,6 @@ class Connection:
     """One socket and what is under way on it. `state` is the function that runs next: True to go on, False to wait.
 
         with TLS: greet > shake_hands ──> idle
-
         idle ──> serve ──────> flush ──> idle
                  │ ^ ^ pipelined  ├────> serve            more has been received
                  v │ └────────────┤
@@ -1355,13 +1340,12 @@ class Connection:
 
     def keep_output(self) -> None:
         """The socket takes no more: copy what is left out of the page, and count it."""
-        if self.state is not Connection.flush:
-            return
-        if type(getattr(self.out, "obj", None)) is not bytes:
-            self.out = memoryview(bytes(self.out))
-        self.deadline = self.server.now + self.server.conn_timeout
         try:
-            self.count()
+            if self.state is Connection.flush:
+                if type(getattr(self.out, "obj", None)) is not bytes:
+                    self.out = memoryview(bytes(self.out))
+                self.deadline = self.server.now + self.server.conn_timeout
+                self.count()
         except HTTPError:
             log.warning("%s: closed: memory_budget is used up, by responses that clients do not read", self.peer)
             self.close(cut=True)
@@ -1406,7 +1390,7 @@ class Connection:
             if not cut:
                 self.say_goodbye()
             if self.pieces and self.request._head.version == "HTTP/1.0":    # to which an orderly end is the whole
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")      # on, 0 s: a reset
             self.received, self.out, self.content, self.kept = b"", b"", None, 0
             self.request = self.pieces = None
             self.count()
@@ -1451,8 +1435,7 @@ def checked_status(status: Any, page: Page) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- Server
 ACCEPT_BATCH, EXPIRE_BATCH = 64, 100    # connections taken in, or closed as late, before others get their turn
-SPARE_DESCRIPTORS = 32      # of RLIMIT_NOFILE, for the rest of the program
-DEFER = 1                   # seconds that the kernel waits for a request before it hands out a connection
+SPARE_DESCRIPTORS, DEFER = 32, 1        # for the rest of the program; seconds that the kernel waits for a request
 servers: set[Server] = set()    # those that listen
 
 
@@ -1546,11 +1529,10 @@ class Server:
         a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts."""
         grace = self.params.grace_timeout if grace is None else grace
         self._stop_at = min(self._stop_at, time.monotonic() + grace)
-        if self._selector is None:                          # it has never listened, or it has ended
-            return self._ended.set()
-        self._wake_up()
-        me = threading.get_ident()
-        if self._thread and self._thread.ident != me:
+        me, listening = threading.get_ident(), self._selector and not self._wake_up()
+        if not listening:                                   # it never has, or it has ended
+            self._ended.set()
+        elif self._thread and self._thread.ident != me:
             self._thread.join()
         elif self._owner not in (None, me):                 # the loop is another thread's: it has until the grace ends
             if not self._ended.wait(grace + 1):
@@ -1786,8 +1768,7 @@ class Server:
         self._ended.set()
 
     def admit(self, raw: bytes, line: bytes, block: bytes, fields: Optional[Fields]) -> Head:
-        """A head that has not been seen lately, in two parts; `fields` if the second has been. It is remembered, by and
-        by, when it has passed what can be checked for good."""
+        """Have a head parsed, that comes whole and in two parts; `fields` if the second is known. It is remembered."""
         if raw in self.heads.old:
             return self.heads[raw]
         head = parse_head(line, block, fields, self.lines, known_methods)
@@ -1814,8 +1795,7 @@ class Server:
         return head
 
     def room(self) -> int:
-        """How large a piece of a stream may be: the more memory is taken by what clients do not read, the smaller, down
-        to what a socket that is writable takes whole."""
+        """For a piece of a stream: less if clients do not read much; at least what a writable socket takes whole."""
         return min(self.params.buf_size, max(512, (self.params.held_size - self.held) // 8))
 
     def watch(self, connection: Connection, wanted: int) -> None:
@@ -1996,16 +1976,15 @@ def tls_priority(text: str) -> TLSPlan:
 
 PARTIAL_CHAIN = 0x80000                 # ssl.VERIFY_X509_PARTIAL_CHAIN, which has a name from Python 3.10 on
 HINTS = {                               # OpenSSL's reason: what it means here
-    "KEY_VALUES_MISMATCH": "the key does not belong to the certificate",
-    "NO_CERTIFICATE_ASSIGNED": "the key does not belong to the certificate, it is of another type",
+    **dict.fromkeys(("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"), "the key does not belong to the certificate"),
     "EE_KEY_TOO_SMALL": "the key is too weak: make one of RSA with 2048 bits, or of ECDSA with P-256",
     "NO_SHARED_CIPHER": "no client could connect: tls_ciphers has no suite for the certificate's type of key",
     "UNKNOWN_GROUP": "Python before 3.11 cannot set X25519 and X448: put another group first",
 }
 
 
-def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> ssl.SSLContext:
-    """A server's context for the plan, less what OpenSSL's security level hides; `ca_file`: clients need certificates.
+def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> Any:
+    """An ssl.SSLContext for the plan, less what OpenSSL's security level hides; `ca_file`: clients need certificates.
     ConfigError: a file that will not do, or no client could connect. Warns of an open key, an expired certificate."""
     import ssl                              # here, since plain HTTP shall not pay for it
     subject, context = "tls_ciphers", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2241,14 +2220,11 @@ def mi_get_statistics(statistics) -> dict:
     return found
 
 
-def mi_list_root_path() -> list:
-    return [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
-
-
+list_roots = lambda: [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
 BUILT_IN = {"mi_http": lambda params: register_httpdcb("mi_http", params["root"], answer_mi, methods=("POST",),
                                                        content_type="application/json")}
 for name, function in {
-        "httpd_list_root_path": mi_list_root_path, "httpd:list_root_path": mi_list_root_path, "which": mi_which,
+        "httpd_list_root_path": list_roots, "httpd:list_root_path": list_roots, "which": mi_which,
         "get_statistics": mi_get_statistics, "version": lambda: {"Server": "httpd.py " + __version__},
         "uptime": lambda: {"Now": time.ctime(), "Up since": time.ctime(STARTED),
                            "Up time": "%d [sec]" % (time.time() - STARTED)},
@@ -2315,7 +2291,6 @@ class WSGIResponse:
             self.put(data)
 
     def wants(self, piece: bytes) -> bool:
-        """Is this to be sent?"""
         if not isinstance(piece, bytes):
             raise TypeError("the application has made %r, not bytes" % type(piece))
         if piece and not self.status:
@@ -2368,7 +2343,6 @@ class Handover:
         self.end: Optional[BaseException] = None
 
     def fill(self, pieces: Generator[bytes, None, None]) -> None:
-        """What the thread does."""
         request, end = self.request, StopIteration()
         try:
             with closing(pieces):
@@ -2458,8 +2432,8 @@ def run(**parameters: Any) -> None:
     every = " and every other address" if server.params.ip in ("", "*") else ""
     found = "httpd.py %s listens on %s%s" % (__version__, server.url, every)        # OSError comes from here
     stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
-    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop}
-    wanted.update({signal.SIGHUP: lambda *_: server.reload_tls()} if server.tls else {})
+    renew = {signal.SIGHUP: lambda *_: server.reload_tls()} if server.tls else {}
+    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, **renew}
     previous = {}
     try:
         previous.update((number, signal.signal(number, handler)) for number, handler in wanted.items())
@@ -2485,11 +2459,10 @@ def describe_parameters() -> str:
 
 def print_in_force() -> None:
     """What -t shows: the parameters, in the form of a configuration, and what is served."""
+    server = Server()
     for module in ["httpd", *loaded]:
-        values = in_force(module)
-        if module == "httpd":
-            server = Server()
-            values = {name: getattr(server.params, name) for name in values}
+        values = {name: getattr(server.params, name, value) if module == "httpd" else value
+                  for name, value in in_force(module).items()}
         print("[%s]" % module, *("%s = %s" % item for item in values.items()), "", sep="\n")
     for name, value in server.plan._asdict().items() if server.plan else ():
         values = value if name == "notes" else [" ".join(value) if isinstance(value, tuple) else value]
@@ -2511,10 +2484,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     logging.basicConfig(level=10 if options.v else 20, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         load_config(options.file, options.o)
-        if options.t:
-            print_in_force()
-        else:
-            run()
+        print_in_force() if options.t else run()
         return 0
     except (ConfigError, OSError) as error:
         name = re.match(r"(?:httpd: )?(\w*)", str(error))[1]       # a parameter that has turned out to be wrong now

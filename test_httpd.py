@@ -1773,7 +1773,7 @@ FILE_ROWS = [
     (BOTH, "rsa.pem", "encrypted.key", "", "tls_key_file: {}/encrypted.key is encrypted: remove the password with `openssl pkey`", "", "an encrypted key"),
     (BOTH, "rsa.pem", "traditional.key", "", "tls_key_file: {}/traditional.key is encrypted", "", "encrypted the old way"),
     (BOTH, "rsa.pem", "other.key", "", "tls_cert_file {0}/rsa.pem with tls_key_file {0}/other.key: the key does not belong to the certificate", "", "another's key"),
-    (BOTH, "rsa.pem", "ec.key", "", "the key does not belong to the certificate, it is of another type", "", "a key of another type"),
+    (BOTH, "rsa.pem", "ec.key", "", "the key does not belong to the certificate", "", "a key of another type"),
     (BOTH, "cut.pem", "rsa.key", "", "tls_cert_file {0}/cut.pem with tls_key_file {0}/rsa.key: damaged? OpenSSL says", "", "half a certificate"),
     (BOTH, "weak.pem", "weak.key", "", "the key is too weak: make one of RSA with 2048 bits", "", "1024 bits"),
     ("SUITEB128", "rsa.pem", "rsa.key", "", "no client could connect: tls_ciphers has no suite for the certificate's type of key", "", "suites for ECDSA, key for RSA"),
@@ -2005,7 +2005,9 @@ class TLSClient:
         self.push(cut)
         data = b""
         while len(answers_so_far(data)) < count:
-            data += self.read()
+            if not (more := self.read()):
+                raise ConnectionResetError("it ends before the answer")
+            data += more
         return answers(data)
 
 

@@ -427,7 +427,7 @@ class Request:
         self._head = head
         self._root = None           # until it is found
         self._form = None
-        self._resumed = False       # resume() has been called since the last call of a callback
+        self._resumed = False       # resume() has been called, and no callback because of it
         self.body = body            # the content, transfer coding taken off
         self.state = None
 
@@ -975,7 +975,7 @@ class Connection:
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
         self.server, self.sock, self.peer = server, sock, peer
         self.state = Connection.greet if server.tls else Connection.idle
-        self.then = Connection.idle         # the state after flush
+        self.then = Connection.idle         # the state after flush; means nothing in another
         self.interest = 0                   # what the selector watches: READ, WRITE, or 0 before the first wait
         self.deadline = server.now + server.conn_timeout
         self.received, self.checked = b"", 0        # the next requests, or the beginning of one, checked so far
@@ -1297,9 +1297,9 @@ class Connection:
         elif interest == RESET or self.pieces or request._head.version == "HTTP/1.0":
             self.close(cut=True)
         else:
+            self.out, self.state, self.then = CONTINUE, Connection.flush, Connection.suspended
             self.server.watch(self, RESET)
-            self.sock.send(CONTINUE)
-        return False
+        return self.state is Connection.flush
 
     def write_error(self, error: Exception, head: Optional[Head]) -> int:
         """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""

@@ -1511,9 +1511,9 @@ def test_floods_leave_memory_and_descriptors_where_they_were(server):           
 
 
 COST_ROWS = [
-    (lambda number: get(b"/h"), 1, 10, "the same GET again"), (lambda number: get(b"/h?%d" % number), 1, 16, "a new URL"),
-    (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 24, "a field never seen before"),
-    (lambda number: get(b"/h") * 16, 16, 16 * 8 + 4, "16 pipelined ones"),
+    (lambda number: get(b"/h"), 1, 8, "the same GET again"), (lambda number: get(b"/h?%d" % number), 1, 12, "a new URL"),
+    (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 15, "a field never seen before"),
+    (lambda number: get(b"/h") * 16, 16, 56, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"), 1, 16, "JSON-RPC"),
 ]
 

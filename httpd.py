@@ -1862,12 +1862,12 @@ KEYWORDS = {                            # keyword: the set that it changes, and 
        for name in names.split()},
     "VERS-TLS-ALL": ("VERS", NORMAL["VERS"].split()), "GROUP-EC-ALL": ("GROUP", list(CURVES)),
     "GROUP-DH-ALL": ("GROUP", NORMAL["GROUP"].split()[len(CURVES):])}
-REFUSED = re.compile("NULL|RSA-EXPORT|ARCFOUR-40|RC2-40|((EC)?DHE-|RSA-)?PSK|SRP(-RSA|-DSS)?|ANON-(EC)?DH")
-SKIPPED = re.compile(REFUSED.pattern + r"""| VERS-(SSL3\.0|DTLS(0\.9|1\.[02]|-ALL)) | DHE-DSS | MD5 | SHA(224|512)
+REFUSED = "NULL|RSA-EXPORT|ARCFOUR-40|RC2-40|((EC)?DHE-|RSA-)?PSK|SRP(-RSA|-DSS)?|ANON-(EC)?DH"
+SKIPPED = REFUSED + r"""| VERS-(SSL3\.0|DTLS(0\.9|1\.[02]|-ALL)) | DHE-DSS | MD5 | SHA(224|512)
     | (3DES|DES|AES-192|CAMELLIA-(128|192|256))-CBC | (AES-192|CAMELLIA-(128|256))-GCM | GROUP-(SECP(192|224)R1|GC.+)
     | ARCFOUR-128 | SIGN-((RSA|DSA|ECDSA)-SHA(3-)?(1|224|256|384|512) | RSA-(RAW|RMD160|MD[25])) | .*GOST.*
-    | COMP-.* | CTYPE-((CLI-|SRV-)?(ALL|X\.?509|RAWPK) | OPENPGP)""", re.VERBOSE)
-OPTIONS = re.compile(                   # none for more than PROFILE_MEDIUM, which is OpenSSL's security level 2
+    | COMP-.* | CTYPE-((CLI-|SRV-)?(ALL|X\.?509|RAWPK) | OPENPGP)"""
+OPTIONS = (                             # none for more than PROFILE_MEDIUM, which is OpenSSL's security level 2
     "SERVER_PRECEDENCE|NO_(TICKETS(_TLS12)?|EXTENSIONS|ETM|SESSION_HASH)|((UN|DISABLE_)?SAFE|PARTIAL)_RENEGOTIATION|"
     "COMPAT|NEW_PADDING|STATELESS_COMPRESSION|(LATEST|SSL3)_RECORD_VERSION|ALLOW_SMALL_RECORDS|FALLBACK_SCSV|DUMBFW|"
     "DISABLE_(WILDCARDS|TLS13_COMPAT_MODE)|DEBUG_ALLOW_KEY_USAGE_VIOLATIONS|PROFILE_(VERY_WEAK|LOW|LEGACY|MEDIUM)|"
@@ -1886,11 +1886,11 @@ def _read_item(sets, sign, word, replace):
         others = {} if word == kind + "-ALL" else {name: None for name in sets[kind] if name not in names}
         sets[kind] = {**sets[kind], **dict.fromkeys(names)} if sign == "+" else others
     elif sign == "%":
-        if not OPTIONS.fullmatch(word):
+        if not re.fullmatch(OPTIONS, word):
             raise ConfigError("is unknown, or cannot be enforced with Python's ssl: leave it out")
-    elif sign == "+" and REFUSED.fullmatch(word):
+    elif sign == "+" and re.fullmatch(REFUSED, word):
         raise ConfigError("is refused: connections need encryption and a certificate")
-    elif sign in ("+", "-") and SKIPPED.fullmatch(word):
+    elif sign in ("+", "-") and re.fullmatch(SKIPPED, word, re.VERBOSE):
         noted = sign == "+" and not word.startswith(("COMP-", "CTYPE-"))
         return "skipped, Python's ssl has nothing of the kind" if noted else ""
     elif sign in ("+", "-") and word.startswith(("CIPHER-", "MAC-", "KX-")):

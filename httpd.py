@@ -673,7 +673,7 @@ def parse_fields(pairs: list[tuple[str, str]], old: bool) -> Fields:
         check_host(headers["host"])
     framed = "content-length" in headers or "transfer-encoding" in headers
     length = content_length(headers, twice, old) if framed else 0
-    options = re.split("[ \t]*,[ \t]*", headers["connection"].lower()) if "connection" in headers else ()
+    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
     kept = "close" not in options and ("keep-alive" in options or not old)
     expect = headers["expect"].lower() if "expect" in headers and not old else None
     form = "content-type" in headers and media_type(headers["content-type"]) in FORM_TYPES

@@ -474,7 +474,9 @@ class Request:
         """Hand a piece of the content to upload_data_cb."""
         try:
             self._root.upload(self, data)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise blame(error, self._head) from None
 
     def resume(self) -> None:
@@ -1089,7 +1091,9 @@ class Connection:
                     status = checked_status(status, page)
                     if page._end == HEADROOM and (root.flush or page.length) and status not in (204, 304):
                         return self.begin_stream(request, status)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:                  # SystemExit and CancelledError too: a client must not end it
                 status, self.request = self.write_error(error, head), None
                 if status in (400, 503):
                     connection = CLOSED
@@ -1255,7 +1259,9 @@ class Connection:
             self.deadline = self.server.now + self.server.conn_timeout
             self.state = Connection.serve if self.received else Connection.idle
             return self.state is Connection.serve
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             blame(error, self.request._head)
             self.close(cut=True)
             return False
@@ -1304,7 +1310,8 @@ class Connection:
         page.content_type = "text/plain; charset=utf-8"
         for name, value in error.headers.items():
             page.set_header(name, value)
-        page.write(("%d %s" % (error.status, error.reason)).encode()[:255] + b"\n")     # the smallest buf_size holds it
+        line = SURROGATE.sub("\ufffd", "%d %s" % (error.status, error.reason))
+        page.write(line.encode()[:255] + b"\n")             # the smallest buf_size holds it
         return error.status
 
     def refuse(self, refusal: HTTPError) -> None:
@@ -1412,10 +1419,18 @@ class Connection:
             self.close(cut=bool(unsent))
 
 
-def blame(error: Exception, head: Optional[Head]) -> HTTPError:
-    """What answers an exception of a callback: if it is no HTTPError, the log has the traceback."""
-    if isinstance(error, HTTPError) and 400 <= error.status <= 599:
-        return error
+SURROGATE = re.compile("[\ud800-\udfff]")               # such as json.loads() makes of "\\ud800": no text that can leave
+
+
+def blame(error: BaseException, head: Optional[Head]) -> HTTPError:
+    """What answers an exception of a callback: if it is no HTTPError that can be sent, the log has the traceback."""
+    if isinstance(error, HTTPError):
+        try:
+            sound = HTTPError(error.status, str(error.reason), dict(error.headers))     # they may have been changed
+            if 400 <= sound.status <= 599:
+                return sound
+        except (TypeError, ValueError) as wrong:
+            error = wrong
     log.error("%s %r: a callback of root path %r failed", head.method, head.target, head.root, exc_info=error)
     return HTTPError(500, "the handler failed, the log of the server says why")
 
@@ -2140,7 +2155,9 @@ def call_mi(call: Any, in_thread: bool = False) -> Any:
             data = str(error)
             raise HTTPError(-32602, "Invalid params") from None
         member, value = "result", encode_json(bound())
-    except (BaseException if in_thread else Exception) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not in_thread:
+            raise
         if not isinstance(error, HTTPError):
             log.error("the MI command %s failed", method, exc_info=error)
             error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"

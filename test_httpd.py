@@ -1,5 +1,6 @@
 """Tests of httpd.py, in the order of the file. A row is (raw bytes, what must come of it, why)."""
 import ast
+import asyncio
 import contextlib
 import contextvars
 import errno
@@ -1143,14 +1144,64 @@ def test_content_that_comes_with_the_head_earns_time_too(server):
 
 def test_what_ends_the_program_ends_the_connection_first(server):
     def leave(request, page):
-        raise SystemExit(3)
+        raise KeyboardInterrupt
     httpd.register_httpdcb("test", "leave", leave)
     with connect(server) as client:
         client.send(get(b"/leave"))
-        with pytest.raises(SystemExit):
+        with pytest.raises(KeyboardInterrupt):
             for _ in range(3):
                 server.run_once(0.1)
         assert client.recv(10) == b"" and not server.connections
+
+
+def raising(error):
+    def function(*_):
+        raise error
+    return function
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), asyncio.CancelledError(), BaseException("odd"), MemoryError()], ids=repr)
+def test_no_exception_of_a_callback_ends_the_server(server, caplog, error):
+    """Only KeyboardInterrupt leaves the loop: what a client can provoke must not end the service for the others."""
+    fails = raising(error)
+    httpd.register_httpdcb("test", "handler", fails)
+    httpd.register_httpdcb("test", "flush", lambda request, page: 200, fails)
+    httpd.register_httpdcb("test", "later", lambda request, page: 200, lambda request, pos, buf: 1 if not pos else fails())
+    httpd.register_httpdcb("test", "upload", lambda request, page: 200, upload_data_cb=fails)
+    httpd.register_wsgi("test", "wsgi", fails)
+    httpd.register_wsgi("test", "pool", fails, threads=1)
+    for path, statuses in ((b"/handler", [500]), (b"/flush", [500]), (b"/wsgi", [500]), (b"/pool", [500])):
+        with connect(server) as client:
+            client.send(get(path))
+            data = b""
+            while not data:
+                data = pump(server, client)[0]
+            assert [answer.status for answer in answers(data)] == statuses
+    assert exchange(server, get(b"/later"))[1] == "closed"
+    assert b"HTTP/1.1 500" in exchange(server, post(b"abc", path=b"/upload"))[0]
+    assert "failed" in caplog.text and repr(error)[:8] in caplog.text
+    assert b"HTTP/1.1 200" in exchange(server, get())[0] and server.held == 0
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (httpd.HTTPError(400, "no such key: \ud800"), 400, "400 no such key: \ufffd"),
+    (httpd.HTTPError(404, "line\r\nends"), 404, "404 line\r\nends"),
+    (httpd.HTTPError(200, "fine"), 500, None), (httpd.HTTPError(99), 500, None), (httpd.HTTPError(-32000, "MI"), 500, None),
+])
+def test_what_an_http_error_may_say(server, error, status, line):
+    """The place that answers must not fail: json.loads() makes lone surrogates of what a client sends."""
+    httpd.register_httpdcb("test", "handler", raising(error))
+    httpd.register_httpdcb("test", "upload", lambda request, page: 200, upload_data_cb=raising(error))
+    for raw in (get(b"/handler"), post(b"abc", path=b"/upload")):
+        answer, = answers(exchange(server, raw)[0])
+        assert answer.status == status and (line is None or answer.body.decode() == line + "\n")
+
+
+def test_an_http_error_that_was_changed_after_it_was_made(server):
+    error = httpd.HTTPError(400, "x")
+    error.headers = {"X": "a\r\nY: b"}
+    httpd.register_httpdcb("test", "upload", lambda request, page: 200, upload_data_cb=raising(error))
+    assert answers(exchange(server, post(b"abc", path=b"/upload"))[0])[0].status == 500
 
 
 # -------------------------------------------------------------------------------------------------------------- Server

@@ -203,7 +203,12 @@ def loadmodule(name: str, **parameters: Any) -> None:
         raise ConfigError("%s: is loaded already" % name)
     try:
         if name != "httpd":                 # the transport itself is always there
-            (BUILT_IN.get(name) or getattr(import_module(name), "mod_init", dict))(in_force(name))
+            mod_init = BUILT_IN.get(name) or getattr(import_module(name), "mod_init", None)
+            if mod_init is None and params.get(name):
+                hint = nearest(name, ["httpd", *BUILT_IN])
+                raise ConfigError("%s: no such module%s" % (name, hint or ", or it takes no parameters: it has no mod_init"))
+            if mod_init is not None:
+                mod_init(in_force(name))
             loaded.append(name)
     except ConfigError:
         raise
@@ -937,6 +942,7 @@ def content_pieces(request: Request, page: Page, head: bytes, length: int, room:
 RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that one turn takes; as much as a TLS record,
                             # so that nothing stays inside TLS, where epoll does not see it
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+LINGER_PAUSE, LINGER_TIME = 5, 30       # seconds without a byte, and in all, that a refused client is read on
 HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
@@ -968,7 +974,7 @@ class Connection:
     A state may be run again from its start: nothing is changed before the recv() or send() that may block.
     """
     __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked",
-                 "request", "content", "kept", "pieces", "closing", "out", "held", "discarded")
+                 "request", "content", "kept", "pieces", "closing", "out", "held", "lingers_until")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any):
         self.server, self.sock, self.peer = server, sock, peer
@@ -981,7 +987,8 @@ class Connection:
         self.kept = 0                       # bytes that decode_content() holds
         self.closing = False                # the connection ends with its response
         self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
-        self.held = self.discarded = 0      # bytes counted against memory_budget; and read after a refusal
+        self.held = 0                       # bytes counted against memory_budget
+        self.lingers_until = math.inf       # then reading on after a refusal ends
 
     def turn(self) -> None:
         """Run states until one waits: the one place that knows "would block", and where refusals are answered."""
@@ -1115,8 +1122,9 @@ class Connection:
             line, _, block = data.partition(b"\r\n")
             fields = server.sections[block]
             if fields is not None:
-                self.received = b""
-                return server.admit(data, line, block, fields)
+                head = server.admit(data, line, block, fields)
+                self.received = b""                         # not before: a refusal looks whether it answers HEAD
+                return head
         start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
         end = data.find(b"\r\n\r\n", self.checked - 2 if self.checked else start) + 4
         if end < 4 or end - start > limit:
@@ -1296,8 +1304,11 @@ class Connection:
             return self.serve(request._head, request)
         if interest == READ and raw_recv(self.sock, 1, socket.MSG_PEEK):
             self.server.watch(self, HANGUP)
-        elif interest == RESET or self.pieces or request._head.version == "HTTP/1.0":
+        elif interest == RESET:
             self.close(cut=True)
+        elif self.pieces or request._head.version == "HTTP/1.0":        # which nothing can be asked
+            self.deadline = self.server.now + self.server.conn_timeout
+            self.server.watch(self, RESET)
         else:
             self.out, self.state, self.then = CONTINUE, Connection.flush, Connection.suspended
             self.server.watch(self, RESET)
@@ -1376,15 +1387,16 @@ class Connection:
         """All is sent: say so, and wait until the client has read it."""
         self.say_goodbye()
         self.sock.shutdown(socket.SHUT_WR)
+        self.lingers_until = self.server.now + LINGER_TIME
+        self.deadline = self.server.now + LINGER_PAUSE
         self.state = Connection.linger
         return True
 
     def linger(self) -> bool:
-        """Read on and discard, within bounds: a reset would overtake the answer (RFC 9112, 9.6)."""
-        data = raw_recv(self.sock, RECEIVE_SIZE)
-        self.discarded += len(data)
-        if not data or self.discarded > self.server.params.memory_budget:
+        """Read on and discard, for some time: a reset would overtake the answer (RFC 9112, 9.6)."""
+        if not raw_recv(self.sock, RECEIVE_SIZE):
             self.close()
+        self.deadline = min(self.server.now + LINGER_PAUSE, self.lingers_until)
         return False
 
     def close(self, cut: bool = False) -> bool:
@@ -1567,7 +1579,8 @@ class Server:
         that cannot be: the log says why, and what was in use stays in use."""
         try:
             if not self.tls:
-                raise ConfigError("httpd: tls_cert_file and tls_key_file are not set")
+                log.warning("there is nothing to reload: tls_cert_file and tls_key_file are not set")
+                return False
             self._set_up_tls()
             log.info("%s has been loaded anew", self.params.tls_cert_file)
             return True
@@ -2445,8 +2458,7 @@ def run(**parameters: Any) -> None:
     every = " and every other address" if server.params.ip in ("", "*") else ""
     found = "httpd.py %s listens on %s%s" % (__version__, server.url, every)        # OSError comes from here
     stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
-    renew = {signal.SIGHUP: lambda *_: server.reload_tls()} if server.tls else {}
-    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, **renew}
+    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: lambda *_: server.reload_tls()}
     previous = {}
     try:
         previous.update((number, signal.signal(number, handler)) for number, handler in wanted.items())

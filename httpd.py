@@ -206,7 +206,8 @@ def loadmodule(name: str, **parameters: Any) -> None:
             mod_init = BUILT_IN.get(name) or getattr(import_module(name), "mod_init", None)
             if mod_init is None and params.get(name):
                 hint = nearest(name, ["httpd", *BUILT_IN])
-                raise ConfigError("%s: no such module%s" % (name, hint or ", or it takes no parameters: it has no mod_init"))
+                hint = hint or ", or it takes no parameters: it has no mod_init"
+                raise ConfigError("%s: no such module%s" % (name, hint))
             if mod_init is not None:
                 mod_init(in_force(name))
             loaded.append(name)

@@ -6,100 +6,180 @@ Copy the file into a project and register what answers below a root path:
     import httpd
 
     def hello(request, page):
-        page.write("Hello, %s!\\n" % request.lookup_arg("name", "world"))
-        return 200
+        page.write("Hello, %s!\\n" % request.lookup_arg("name", "world")) return 200
 
-    httpd.register_httpdcb("example", "hello", hello)
-    httpd.run(port=8000)
+    httpd.register_httpdcb("example", "hello", hello) httpd.run(ip="127.0.0.1", port=8000)
 
 or run it as a management server: `python httpd.py example.cfg`.
 
-How a GET travels through this file:
+How a GET travels through this file, a line for each hop:
 
-    Server._turn                      one poll; the clock is read once for all that is ready
-      Connection.turn                 runs states until one has to wait; with TLS, greet and shake_hands are the first
-        Connection.idle               one recv()
-        Connection.serve              a head seen before costs a dict look-up, any other comes by
-          Connection.next_head        where does it end?
-            Server.admit              has it parsed and checked, and remembers it
-              parse_head              bytes in, an immutable Head out, or HTTPError; it remembers lines
-          Connection.begin_content    only if the request has content: receive_content until it is whole
-          a Request for the root's handler, which writes into the Page; find_root says why there is none
-          Connection.respond          puts the head right before the content, in the same buffer
-        Connection.flush              one send(); then idle again, or serve, or the end
+    Server._turn             one poll; the clock is read once for all that is ready
+    Connection.turn          sends what is due, and runs states until one has to wait
+    idle                     the first state: one recv(); a head seen before costs a dict look-up,
+      Connection.next_request  any other is found here, and parsed
+      Heads.read               by parse_head: bytes in, an immutable Head out, or HTTPError
+    Connection.serve         the hot path: request by request
+      route                    who answers, and who may?
+      the root's handler       writes into the Page
+      Connection.finish        puts the head right before the content, in the same buffer
+    Connection.turn          one send(); then it waits, or ends
 
-A handler that has written nothing leaves the content to flush_data_cb: begin_stream instead of respond, then stream and
-flush in turn. One that returns SUSPEND is called again by serve, after Request.resume() and Server._continue.
+What takes more than a turn has an Exchange: content that is on its way (receive_content), a request
+that waits for Request.resume() (suspended), a response that flush_data_cb makes piece by piece
+(stream). The table STATES says of each state what it waits for, for how long, and what becomes of
+it then.
 
-The rule of the one buffer: a server has one Page. What the socket does not take of it, and the answers to pipelined
-requests, which leave together, are copied out and counted against memory_budget: it is free again when `turn` returns.
+The rule of the one buffer: a server has one Page, for the content of one response at a time. What
+the socket does not take of it, and the answers to pipelined requests, which leave together, are
+copied out and counted against memory_budget: the page is free again when `Connection.turn` returns.
 
-The parser knows bytes only. A Connection runs states, and `turn` alone knows "would block". The Server alone knows the
-selector, the time and the set of connections. A server lives in one thread; stop, resume and reload_tls are for any.
-"""
+Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
+block". The Loop knows the selector and the descriptors that are watched, the Server the connections
+and the time. A server lives in one thread; stop(), resume() and reload_tls() are for any."""
 from __future__ import annotations
 
-import errno, gc, io, json, logging, math, os, queue, re
-import resource, select, selectors, signal, socket, sys, threading, time
-from collections import deque, namedtuple
-from contextlib import closing, suppress
+import errno
+import functools
+import gc
+import heapq
+import io
+import json
+import logging
+import math
+import operator
+import os
+import queue
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import closing
+from contextlib import contextmanager
+from contextlib import suppress
 from contextvars import copy_context
 from email.utils import formatdate
-from functools import cache, partial
 from http import HTTPStatus
 from importlib import import_module
-from operator import attrgetter
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, Callable, Generator, Mapping, NamedTuple, Optional, Sequence
-from urllib.parse import parse_qsl, unquote, unquote_to_bytes
+from types import MappingProxyType
+from types import TracebackType
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Callable
+from typing import Collection
+from typing import Dict
+from typing import Generator
+from typing import Iterable
+from typing import Iterator
+from typing import Mapping
+from typing import NamedTuple
+from typing import Optional
+from typing import Sequence
+from typing import Tuple
+from typing import Union
+from urllib.parse import parse_qsl
+from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
+
+if TYPE_CHECKING:
+    import argparse
+    import inspect
+    import ssl
 
 __version__ = "0.1"
-__all__ = ["register_httpdcb", "unregister_httpdcb", "register_mi", "modparam", "loadmodule", "load_config", "Server",
-           "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END", "register_wsgi",
-           "tls_priority", "tls_context", "TLSPlan"]
+__all__ = [
+    "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi",
+    "modparam", "loadmodule", "load_config",
+    "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
+    "tls_priority", "tls_context", "TLSPlan",
+]
 log = logging.getLogger("httpd")
 
 
-# ---------------------------------------------------------------------------------------------------------- Parameters
+# --------------------------------------------------------------------------------------- Parameters
+
 class ConfigError(ValueError):
-    """The operator's or the programmer's mistake: a line for each problem, which says what to do instead."""
+    """The operator's or the programmer's mistake: a line for each problem, which says what to do
+    instead.
+
+    `parameter` is the name of the parameter of httpd that has to be changed, or empty.
+    """
+
+    def __init__(self, text: str, parameter: str = "") -> None:
+        super().__init__(text)
+        self.parameter = parameter
+
+
+# By the type of a number: what it looks like as text, and what it is called.
+NUMBER_KINDS = {
+    int: ("-?[0-9]{1,15}", "a whole number"),
+    float: (r"-?[0-9]{1,15}(?:\.[0-9]{1,6})?", "a number of seconds"),
+}
 
 
 class Parameter(NamedTuple):
-    """A row of the table: the type of the default is the parameter's type."""
+    """A row of the table. The type of the default is the parameter's type."""
     name: str
-    default: Any
+    default: Union[str, int, float]
     meaning: str
     low: float = 0
     high: float = math.inf
-    zero: bool = False                              # 0 is allowed though it is below `low`
-    check: Callable[[str], Any] = str               # raises ValueError that says what a text must be
+    zero: bool = False          # 0 is allowed though it is below `low`
+    kind: str = "text"          # of a text: which of the `checks` it has to pass
 
     def bounds(self) -> str:
-        """The allowed numbers, in words."""
-        words = "at least %g" % self.low if self.high == math.inf else "%d to %d" % (self.low, self.high)
-        return "" if isinstance(self.default, str) else "0 or " * self.zero + words
+        """The allowed numbers, in words; empty for a text."""
+        if isinstance(self.default, str):
+            return ""
+        words = "at least %g" % self.low
+        if self.high < math.inf:
+            words = "%d to %d" % (self.low, self.high)
+        return "0 or " + words if self.zero else words
 
-    def convert(self, value: Any) -> Any:
-        """The value in the parameter's type; ValueError says what it must be. Numbers may come as ASCII digits."""
-        kind = type(self.default)
-        if kind is str and isinstance(value, (str, os.PathLike)):
-            self.check(os.fspath(value))
-            return os.fspath(value)
-        if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}" + r"(\.[0-9]{1,6})?" * (kind is float), value):
+    def convert(self, value: Any) -> Union[str, int, float]:
+        """The value in the parameter's type. ValueError says what it must be."""
+        if isinstance(self.default, str):
+            return self._convert_text(value)
+        return self._convert_number(value)
+
+    def _convert_text(self, value: Any) -> str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError("must be text")
+        text = os.fspath(value)
+        checks[self.kind](text)
+        return text
+
+    def _convert_number(self, value: Any) -> Union[int, float]:
+        """Numbers may come as text, in ASCII digits: int() would take more than an operator
+        means.
+        """
+        kind: Any = type(self.default)
+        pattern, words = NUMBER_KINDS[kind]
+        if isinstance(value, str) and re.fullmatch(pattern, value):
             value = kind(value)
-        if kind is str or isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ValueError("must be " + {str: "text", int: "a whole number", float: "a number of seconds"}[kind])
-        if not (self.low <= value <= self.high or self.zero and value == 0):
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError("must be " + words)
+        allowed_zero = self.zero and value == 0
+        if not allowed_zero and not self.low <= value <= self.high:
             raise ValueError("must be " + self.bounds())
-        return kind(value)
+        number: Union[int, float] = kind(value)
+        return number
 
 
 def check_address(text: str) -> None:
-    """Names are not looked up: that could stall the start, or turn out differently the next time."""
+    """Names are not looked up: that could stall the start, or turn out differently the next
+    time.
+    """
+    if text in ("", "*"):
+        return
     try:
-        if text not in ("", "*"):
-            socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     except (OSError, ValueError):
         raise ValueError("must be an IPv4 or IPv6 address, or empty or * for all of them") from None
 
@@ -110,247 +190,515 @@ def check_root(text: str) -> None:
         raise ValueError("must be one path segment of letters, digits and _")
 
 
-PARAMETERS = {
+# By Parameter.kind: raises ValueError, which says what a text must be. The section TLS adds
+# "priority".
+checks: dict[str, Callable[[str], object]] = {
+    "text": str,
+    "address": check_address,
+    "root": check_root,
+}
+
+PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
-        Parameter("ip", "", "address to bind; empty or *: all, IPv4 and IPv6 in one socket", check=check_address),
+        Parameter(
+            "ip",
+            "",
+            "address to bind; empty or *: all, IPv4 and IPv6 in one socket",
+            kind="address",
+        ),
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
-        Parameter("memory_budget", 4 * 2**20, "bytes that a process may hold for all connections together", 2**16),
-        Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget", 256, zero=True),
-        Parameter("post_buf_size", 1024, "bytes of the largest request content held in memory; larger: 413", 256),
-        Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size", 256, zero=True),
-        Parameter("wsgi_body_size", 2**26, "bytes of the largest content for a WSGI application; larger: 413", 256),
+        Parameter(
+            "memory_budget",
+            4 * 2**20,
+            "bytes that a process may hold for all connections together",
+            2**16,
+        ),
+        Parameter(
+            "buf_size",
+            0,
+            "bytes of the response buffer; 0: a quarter of memory_budget",
+            256,
+            zero=True,
+        ),
+        Parameter(
+            "post_buf_size",
+            1024,
+            "bytes of the largest request content held in memory; larger: 413",
+            256,
+        ),
+        Parameter(
+            "receive_buf_size",
+            0,
+            "the same for content that is no form; 0: post_buf_size",
+            256,
+            zero=True,
+        ),
+        Parameter(
+            "wsgi_body_size",
+            2**26,
+            "bytes of the largest content for a WSGI application; larger: 413",
+            256,
+        ),
         Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
         Parameter("tls_key_file", "", "its private key, PEM"),
-        Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "GnuTLS priority string",
-                  check=lambda text: tls_priority(text)),
-        Parameter("tls_ca_file", "", "CA certificates, PEM; clients must present a certificate signed by one"),
-        Parameter("conn_timeout", 30.0, "seconds an idle connection, or one that takes no bytes, is kept; 0: for ever"),
-        Parameter("request_timeout", 10.0, "seconds for a head from its first byte; content: 1 s more per 500 B", 0.1),
-        Parameter("max_connections", 0, "connections at a time; 0: what RLIMIT_NOFILE allows", 1, zero=True),
-        Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431", 256, 2**16),
+        Parameter(
+            "tls_ciphers",
+            "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2",
+            "GnuTLS priority string",
+            kind="priority",
+        ),
+        Parameter(
+            "tls_ca_file",
+            "",
+            "CA certificates, PEM; clients must present a certificate signed by one",
+        ),
+        Parameter(
+            "conn_timeout",
+            30.0,
+            "seconds an idle connection, or one that takes no bytes, is kept; 0: for ever",
+        ),
+        Parameter(
+            "request_timeout",
+            10.0,
+            "seconds for a head from its first byte; content: 1 s more per 500 B",
+            0.1,
+        ),
+        Parameter(
+            "max_connections",
+            0,
+            "connections at a time; 0: what RLIMIT_NOFILE allows",
+            1,
+            zero=True,
+        ),
+        Parameter(
+            "max_header_size",
+            16384,
+            "bytes of request line and fields; larger: 414 or 431",
+            256,
+            2**16,
+        ),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
     ),
     "mi_http": (
-        Parameter("root", "mi", "root path of JSON-RPC", check=check_root),
+        Parameter("root", "mi", "root path of JSON-RPC", kind="root"),
         Parameter("threads", 4, "threads for commands that take long", 1, 100),
     ),
 }
+# The modules of this file: what loads each, with its parameters in force. Their sections put
+# themselves in.
+BUILT_IN: dict[str, Callable[[dict[str, Any]], object]] = {}
+
 params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
-places: dict[str, str] = {}                 # parameter of httpd -> FILE:LINE, where it has been set there
+# parameter of httpd -> FILE:LINE, where it has been set there
+places: dict[str, str] = {}
 
 
-def nearest(name: str, names) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean "port"?`, or nothing."""
-    from difflib import get_close_matches
-    return "".join(', did you mean "%s"?' % match for match in get_close_matches(name, list(names), 1))
+    from difflib import get_close_matches       # 5 ms to import, and only mistakes need it
+    matches = get_close_matches(name, list(names), 1)
+    return ', did you mean "%s"?' % matches[0] if matches else ""
 
 
 def convert(module: str, name: str, value: Any) -> Any:
-    """The value as the parameter's row wants it. What a module of the user's own is given, its mod_init judges."""
-    rows = {row.name: row for row in PARAMETERS.get(module, ())}
-    if rows and name not in rows:
+    """The value as the parameter's row wants it. What a module of the user's own is given, its
+    mod_init judges.
+    """
+    if module not in PARAMETERS:
+        return value
+    rows = {row.name: row for row in PARAMETERS[module]}
+    if name not in rows:
         raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(name, rows)))
     try:
-        return rows[name].convert(value) if rows else value
+        return rows[name].convert(value)
     except ConfigError as error:
-        raise ConfigError("%s: %s" % (module, error)) from None
+        raise ConfigError("%s: %s" % (module, error), name) from None
     except ValueError as error:
-        raise ConfigError("%s: %s %s, not %r" % (module, name, error, value)) from None
+        raise ConfigError("%s: %s %s, not %r" % (module, name, error, value), name) from None
 
 
 def modparam(module: str, name: str, value: Any) -> None:
-    """Set a parameter for the servers and modules that come now, or ConfigError. Main thread, at start."""
+    """Set a parameter for the servers and modules that come now, or ConfigError. Main thread, at
+    start.
+    """
     params.setdefault(module, {})[name] = convert(module, name, value)
 
 
 def in_force(module: str, **overrides: Any) -> dict[str, Any]:
-    """All parameters of a module: the defaults, over them what modparam() has set, over that the keywords."""
-    values = {row.name: row.default for row in PARAMETERS.get(module, ())}
+    """All parameters of a module: the defaults, over them what modparam() has set, over that the
+    keywords.
+    """
+    rows = PARAMETERS.get(module, ())
+    values: dict[str, Any] = {row.name: row.default for row in rows}
     values.update(params.get(module, {}))
-    values.update((name, convert(module, name, value)) for name, value in overrides.items())
+    for name, value in overrides.items():
+        values[name] = convert(module, name, value)
     return values
 
 
-def httpd_in_force(**overrides: Any) -> SimpleNamespace:
-    """The parameters of httpd itself, zeros resolved; ConfigError if they do not go together."""
-    values = SimpleNamespace(**in_force("httpd", **overrides))
-    values.tls = bool(values.tls_cert_file)
-    if values.tls != bool(values.tls_key_file):
-        given, missing = ("cert", "key") if values.tls else ("key", "cert")
-        raise ConfigError("httpd: tls_%s_file is set without tls_%s_file: HTTPS wants both" % (given, missing))
-    if values.tls_ca_file and not values.tls:
-        raise ConfigError("httpd: tls_ca_file is set without tls_cert_file and tls_key_file: HTTPS wants them")
-    values.receive_buf_size = values.receive_buf_size or values.post_buf_size
-    request = values.max_header_size + max(values.post_buf_size, values.receive_buf_size)
-    least = max(2 * request, 4 * (values.buf_size + request) // 3) + 4
-    if values.memory_budget < least:
-        raise ConfigError("httpd: memory_budget %d has no room for buf_size and a whole request: set it to at least %d"
-                          % (values.memory_budget, least))
-    values.buf_size = values.buf_size or values.memory_budget // 4
-    values.memo_size = values.memory_budget // 4            # for heads that have been parsed,
-    values.held_size = values.memory_budget - values.buf_size - values.memo_size    # and for what is under way
-    return values
+FOR_EVER = 1e9              # seconds, 30 years
+SPARE_DESCRIPTORS = 32      # for the rest of the program
+
+
+class Limits:
+    """The parameters of httpd in force, by their own names, zeros resolved.
+
+    ConfigError if they do not go together. The last four are derived from the others.
+    """
+    ip: str
+    port: int
+    memory_budget: int
+    buf_size: int
+    post_buf_size: int
+    receive_buf_size: int
+    wsgi_body_size: int
+    tls_cert_file: str
+    tls_key_file: str
+    tls_ciphers: str
+    tls_ca_file: str
+    conn_timeout: float
+    request_timeout: float
+    max_connections: int
+    max_header_size: int
+    grace_timeout: float
+    memo_size: int          # bytes for heads that have been parsed
+    held_size: int          # bytes for what is under way
+    keep_alive: float       # conn_timeout, which has no end if that is 0
+    for_ever: float
+    max_open: int           # max_connections, as many as there are descriptors for if that is 0
+
+    def __init__(self, **overrides: Any) -> None:
+        self.__dict__.update(in_force("httpd", **overrides))
+        self._check_tls()
+        self.receive_buf_size = self.receive_buf_size or self.post_buf_size
+        self._check_memory()
+        self.buf_size = self.buf_size or self.memory_budget // 4
+        self.memo_size = self.memory_budget // 4
+        self.held_size = self.memory_budget - self.buf_size - self.memo_size
+        self.keep_alive = self.conn_timeout or FOR_EVER
+        self.for_ever = FOR_EVER
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_open = self.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
+
+    def _check_tls(self) -> None:
+        if self.tls_cert_file and not self.tls_key_file:
+            raise ConfigError(
+                "httpd: tls_cert_file is set without tls_key_file: HTTPS wants both",
+                "tls_cert_file",
+            )
+        if self.tls_key_file and not self.tls_cert_file:
+            raise ConfigError(
+                "httpd: tls_key_file is set without tls_cert_file: HTTPS wants both", "tls_key_file"
+            )
+        if self.tls_ca_file and not self.tls_cert_file:
+            raise ConfigError(
+                "httpd: tls_ca_file is set without tls_cert_file and tls_key_file: "
+                "HTTPS wants them",
+                "tls_ca_file",
+            )
+
+    def _check_memory(self) -> None:
+        request = self.max_header_size + max(self.post_buf_size, self.receive_buf_size)
+        least = max(2 * request, 4 * (self.buf_size + request) // 3) + 4
+        if self.memory_budget < least:
+            raise ConfigError(
+                "httpd: memory_budget %d has no room for buf_size and a whole request: "
+                "set it to at least %d" % (self.memory_budget, least),
+                "memory_budget",
+            )
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
-    """Load a module of this file (`mi_http`), or a Python module, whose `mod_init(params)` gets its parameters, a dict.
-    `mi_http.so`, as OpenSIPS writes it, is taken too. ConfigError, also if it is loaded. Main thread, at start."""
-    name = re.sub(r"^.*/|\.so$", "", name)
+    """Load a module of this file (`mi_http`), or a Python module, whose `mod_init(params)` gets its
+    parameters, a dict.
+
+    `mi_http.so`, as OpenSIPS writes it, is taken too. ConfigError, also if it is loaded. Main
+    thread, at start.
+    """
+    name = module_name(name)
     for key, value in parameters.items():
         modparam(name, key, value)
     if name in loaded:
         raise ConfigError("%s: is loaded already" % name)
+    if name == "httpd":             # the transport itself is always there
+        return
     try:
-        if name != "httpd":                 # the transport itself is always there
-            mod_init = BUILT_IN.get(name) or getattr(import_module(name), "mod_init", None)
-            if mod_init is None and params.get(name):
-                hint = nearest(name, ["httpd", *BUILT_IN])
-                hint = hint or ", or it takes no parameters: it has no mod_init"
-                raise ConfigError("%s: no such module%s" % (name, hint))
-            if mod_init is not None:
-                mod_init(in_force(name))
-            loaded.append(name)
+        start_module(name)
     except ConfigError:
         raise
     except Exception as error:
         log.debug("%s: traceback", name, exc_info=True)
-        hint = nearest(name, ["httpd", *BUILT_IN]) if isinstance(error, ModuleNotFoundError) else ""
-        raise ConfigError("%s: cannot be loaded: %s: %s%s" % (name, type(error).__name__, error, hint)) from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = nearest(name, ["httpd", *BUILT_IN])
+        reason = "%s: %s" % (type(error).__name__, error)
+        raise ConfigError("%s: cannot be loaded: %s%s" % (name, reason, hint)) from error
+    loaded.append(name)
 
 
-_TEXT = r'"(?:[^"\\]|\\.)*"'
-COMMENT = re.compile("(" + _TEXT + r")|(?:^|(?<=\s))[#;].*")
-LOAD_LINE = re.compile(r'\[\s*([^\]\s]+)\s*\]|loadmodule\s+"([^"]+)"\s*;?')
-MODPARAM_LINE = re.compile(r'modparam\s*\(\s*"([^"]+)"\s*,\s*"([^"]+)"\s*,\s*(' + _TEXT + r'|[^\s")]+)\s*\)\s*;?')
-VALUE_LINE = re.compile(r"([^\s=]+)\s*=\s*(" + _TEXT + r'|[^"\s].*|)')
+def module_name(text: str) -> str:
+    """`mi_http`, of what OpenSIPS calls `/usr/lib/opensips/modules/mi_http.so`."""
+    return re.sub(r"^.*/|\.so$", "", text)
+
+
+def start_module(name: str) -> None:
+    """Have a module's mod_init called. A module without one needs none, unless parameters have been
+    set for it.
+    """
+    if name in BUILT_IN:
+        BUILT_IN[name](in_force(name))
+        return
+    mod_init = getattr(import_module(name), "mod_init", None)
+    if mod_init is not None:
+        mod_init(in_force(name))
+    elif params.get(name):
+        hint = (
+            nearest(name, ["httpd", *BUILT_IN]) or ", or it takes no parameters: it has no mod_init"
+        )
+        raise ConfigError("%s: no such module%s" % (name, hint))
+
+
+QUOTED_TEXT = r'"(?:[^"\\]|\\.)*"'
+COMMENT = re.compile("(" + QUOTED_TEXT + r")|(?:^|(?<=\s))[#;].*")
+SECTION_LINE = re.compile(r"\[\s*([^\]\s]+)\s*\]")
+LOADMODULE_LINE = re.compile(r'loadmodule\s+"([^"]+)"\s*;?')
+MODPARAM_LINE = re.compile(
+    r'modparam\s*\(\s*"([^"]+)"\s*,\s*"([^"]+)"\s*,\s*(' + QUOTED_TEXT + r'|[^\s")]+)\s*\)\s*;?')
+VALUE_LINE = re.compile(r"([^\s=]+)\s*=\s*(" + QUOTED_TEXT + r'|[^"\s].*|)')
+
+
+class Setting(NamedTuple):
+    """What a line of a configuration says."""
+    place: str              # FILE:LINE
+    module: str
+    name: str = ""          # of the parameter; empty: the module is to be loaded
+    value: str = ""
 
 
 def unquoted(text: str) -> str:
-    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if text[:1] == '"' else text
+    if text[:1] != '"':
+        return text
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1])
 
 
-def read_config(path: str, problems: list[str]) -> list[tuple[str, str, str, str]]:
-    """The lines of a configuration as (FILE:LINE, module, name, value); without a name the module is to be loaded."""
+def read_config(path: str, problems: list[str]) -> list[Setting]:
+    """The lines of a configuration. What cannot be read is added to `problems`."""
     try:
         with open(path, encoding="utf-8-sig") as file:      # some editors begin with a mark
             lines = file.read().split("\n")
     except (OSError, ValueError) as error:
-        raise ConfigError("%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)) from None
-    found, section = [], ""
-    for number, line in enumerate(lines, 1):
-        where, line = "%s:%d" % (path, number), COMMENT.sub(r"\1", line).strip()
-        if match := LOAD_LINE.fullmatch(line):
-            found.append((where, re.sub(r"^.*/|\.so$", "", match[1] or match[2]), "", ""))
-            section = match[1] or section
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("%s: cannot be read: %s" % (path, reason)) from None
+    settings: list[Setting] = []
+    section = ""
+    for number, raw in enumerate(lines, 1):
+        place = "%s:%d" % (path, number)
+        line = COMMENT.sub(r"\1", raw).strip()
+        if not line:
+            continue
+        if match := SECTION_LINE.fullmatch(line):
+            section = module_name(match[1])
+            settings.append(Setting(place, section))
+        elif match := LOADMODULE_LINE.fullmatch(line):
+            settings.append(Setting(place, module_name(match[1])))
         elif match := MODPARAM_LINE.fullmatch(line):
-            found.append((where, match[1], match[2], unquoted(match[3])))
+            module, name, value = match.groups()
+            settings.append(Setting(place, module, name, unquoted(value)))
         elif section and (match := VALUE_LINE.fullmatch(line)):
-            found.append((where, section, match[1], unquoted(match[2])))
-        elif line:
-            problems.append('%s: cannot read %r: write [module], below it name = value, or modparam("module", "name", '
-                            'value), and loadmodule "name.so"' % (where, line))
-    return found
+            settings.append(Setting(place, section, match[1], unquoted(match[2])))
+        else:
+            problems.append(
+                '%s: cannot read %r: write [module], below it name = value, or '
+                'modparam("module", "name", '
+                'value), and loadmodule "name.so"' % (place, line)
+            )
+    return settings
+
+
+def read_override(text: str) -> Setting:
+    """What `-o name=value` or `-o module.name=value` says."""
+    left, _, value = text.partition("=")
+    module, _, name = left.rpartition(".")
+    return Setting("-o " + text, module or "httpd", name, value)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
-    """Read a configuration: set its parameters, then `overrides` (name=value, module.name=value), load its modules.
-    ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at start."""
+    """Read a configuration: set its parameters, then `overrides` (name=value, module.name=value),
+    load its modules.
+
+    ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at
+    start.
+    """
     problems: list[str] = []
-    lines = read_config(path, problems)
-    modules: dict[str, str] = {}
-    for where, module, name, _ in lines:
-        if not name:
-            modules.setdefault(module, where)
-    seen: dict[tuple[str, str], str] = {}
-    for text in overrides:
-        left, _, value = text.partition("=")
-        module, _, name = left.rpartition(".")
-        lines.append(("-o " + text, module or "httpd", name, value))
-    for where, module, name, value in lines:
-        try:
-            if name and module not in modules and module != "httpd":
-                hint = nearest(module, ["httpd", *modules])
-                raise ConfigError('%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint))
-            if name and seen.setdefault((module, name), where) != where and not where.startswith("-o "):
-                raise ConfigError("%s: %s is set already, at %s" % (module, name, seen[module, name]))
-            if name:
-                modparam(module, name, value)
-                places.update({name: where} if module == "httpd" else {})
-        except ConfigError as error:
-            problems.append("%s: %s" % (where, error))
+    settings = read_config(path, problems)
+    modules: dict[str, str] = {}        # to be loaded -> FILE:LINE of the first line that says so
+    for setting in settings:
+        if not setting.name:
+            modules.setdefault(setting.module, setting.place)
+    set_parameters([setting for setting in settings if setting.name], modules, problems)
+    for text in overrides:              # the last one counts
+        set_parameters([read_override(text)], modules, problems)
     if not problems:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))     # a user's module may lie beside it
-    for module in modules if not problems else ():
-        try:
-            loadmodule(module)
-        except ConfigError as error:
-            problems.append("%s: %s" % (modules[module], error))
+        # a user's module may lie beside it
+        sys.path.append(os.path.dirname(os.path.abspath(path)))
+        for module, place in modules.items():
+            try:
+                loadmodule(module)
+            except ConfigError as error:
+                problems.append("%s: %s" % (place, error))
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-# ------------------------------------------------------------------------------------------------------------ Registry
+def set_parameters(settings: list[Setting], modules: Collection[str], problems: list[str]) -> None:
+    """Set parameters of the modules that are going to be loaded, each once."""
+    seen: dict[tuple[str, str], str] = {}       # module and name -> FILE:LINE
+    for setting in settings:
+        module, name = setting.module, setting.name
+        place = seen.setdefault((module, name), setting.place)
+        try:
+            if module not in modules and module != "httpd":
+                hint = nearest(module, ["httpd", *modules])
+                raise ConfigError(
+                    '%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint)
+                )
+            if place != setting.place:
+                raise ConfigError("%s: %s is set already, at %s" % (module, name, place))
+            modparam(module, name, setting.value)
+        except ConfigError as error:
+            problems.append("%s: %s" % (setting.place, error))
+        if module == "httpd":
+            places[name] = setting.place
+
+
+# ----------------------------------------------------------------------------------------- Registry
+
 REASONS = {status.value: status.phrase for status in HTTPStatus}
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
+TOKEN = re.compile(_TOKEN.decode())
+# RFC 9110, 5.5: no control character but the tab
+FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")
+DIGITS = re.compile("[0-9]{1,18}")
+# Fields of a response that handlers may not set.
+OWN_FIELDS = frozenset({"connection", "date", "keep-alive", "transfer-encoding", "upgrade"})
+
+
+def check_field(name: str, value: str) -> None:
+    """We send what we would accept: a client's CR LF in a value must not end the head (RFC 9110,
+    5.5).
+    """
+    key = name.lower()
+    if not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+        raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
+    if key == "content-length" and not DIGITS.fullmatch(value):
+        raise ValueError("Content-Length is no number of bytes: %r" % value)
+    if key in OWN_FIELDS:
+        raise ValueError("%s is set by the server" % name)
 
 
 class HTTPError(Exception):
-    """The client's fault, for handlers too: answered with this status, these fields and the reason as a line of text.
-    From an MI command, status and reason are the code and the message of the JSON-RPC error."""
-    def __init__(self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None):
+    """The client's fault, for handlers too: answered with this status, these fields and the reason
+    as a line of text.
+
+    From an MI command, status and reason are the code and the message of the JSON-RPC error.
+    """
+
+    def __init__(
+        self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None
+    ) -> None:
         super().__init__(status, reason)
-        self.status, self.reason, self.headers = int(status), reason or REASONS.get(status, ""), headers or {}
+        self.status = int(status)
+        self.reason = reason or REASONS.get(status, "")
+        self.headers: Mapping[str, str] = headers or {}
         for name, value in self.headers.items():
             check_field(name, value)
 
 
-SUSPEND, END = -2, -1       # what an access handler returns to be called again; what flush_data_cb returns at the end
+SUSPEND = -2        # what an access handler returns to be called again, after request.resume()
+END = -1            # what flush_data_cb returns at the end of the content
+
+AccessHandler = Callable[["Request", "Page"], Any]
+FlushData = Callable[["Request", int, memoryview], int]
+UploadData = Callable[["Request", bytes], Any]
 
 
-# A root path and who answers there; the handlers by method.
-Root = namedtuple("Root", "name module handlers content_type flush upload upload_limit", defaults=(None, None, 0))
+class Root(NamedTuple):
+    """A root path and who answers there."""
+    name: str
+    module: str
+    handlers: Mapping[str, AccessHandler]       # by method
+    content_type: str
+    flush: Optional[FlushData] = None
+    upload: Optional[UploadData] = None
+    upload_limit: float = 0                     # bytes
 
-
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
-TOKEN = re.compile(_TOKEN.decode())
-FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")           # RFC 9110, 5.5: no control character but the tab
-DIGITS = re.compile("[0-9]{1,18}")
 
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
-pending_inits: list[Callable[[], None]] = []            # the init_proc_cb's that this process has not run yet
-# RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them. CONNECT is for proxies: 501, as what nobody knows.
+# the init_proc_cb's that this process has not run yet
+pending_inits: list[Callable[[], Any]] = []
 init_lock = threading.RLock()
+# RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them; what else nobody lists is 501.
+# CONNECT is for proxies.
 known_methods = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
 
 
-def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[Request, Page], int],
-                     flush_data_cb: Optional[Callable[[Request, int, memoryview], int]] = None,
-                     init_proc_cb: Optional[Callable[[], None]] = None, *,
-                     content_type: str = "text/html; charset=utf-8", methods: tuple = ("GET", "POST"),
-                     upload_data_cb: Optional[Callable[[Request, bytes], Any]] = None,
+def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandler,
+                     flush_data_cb: Optional[FlushData] = None,
+                     init_proc_cb: Optional[Callable[[], Any]] = None, *,
+                     content_type: str = "text/html; charset=utf-8",
+                     methods: Sequence[str] = ("GET", "POST"),
+                     upload_data_cb: Optional[UploadData] = None,
                      upload_limit: float = math.inf) -> None:
-    """Have `access_handler_cb(request, page) -> status` answer every request at and below `/root_path`.
+    """Have `access_handler_cb(request, page) -> status` answer what is at and below `/root_path`.
 
     module             who registers: for error texts and httpd_list_root_path
-    root_path          one segment of letters, digits and _, blanks around it trimmed; "" takes what no other root takes
-    access_handler_cb  called in the server's thread when the request is complete. It writes the content with
-                       page.write() and returns the status, 200 to 599; HTTPError is answered as it says, another
-                       exception with 500 and a traceback in the log. Nobody else is served meanwhile. Or it returns
-                       SUSPEND, and is called again after request.resume(), with the same request and a clean page
-    flush_data_cb      flush_data_cb(request, pos, buf) -> n makes the content when the handler has written none: it
-                       fills the memoryview `buf` with what stands at `pos` of it, and returns how many bytes; 0:
-                       nothing yet, call again after request.resume(); END. It is called again when the socket has
-                       taken them. Sent chunked, or with the Content-Length that the handler has set; a wrong count
-                       cuts the connection, as an exception does: a broken end is the only honest sign
-    init_proc_cb       called once in every process that serves, in the server's thread, before the first request
+    root_path          one segment of letters, digits and _, blanks around it trimmed; "" takes
+                       what no other root takes
+    access_handler_cb  called in the server's thread when the request is complete. It writes the
+                       content with page.write() and returns the status, 200 to 599; HTTPError is
+                       answered as it says, another exception with 500 and a traceback in the log.
+                       Nobody else is served meanwhile. Or it returns SUSPEND, and is called again
+                       after request.resume(), with the same request and a clean page
+    flush_data_cb      flush_data_cb(request, pos, buf) -> n makes the content when the handler has
+                       written none: it fills the memoryview `buf` with what stands at `pos` of it,
+                       and returns how many bytes; 0: nothing yet, call again after
+                       request.resume(); END. It is called again when the socket has taken them.
+                       Sent chunked, or with the Content-Length that the handler has set; a wrong
+                       count cuts the connection, as an exception does: a broken end is the only
+                       honest sign
+    init_proc_cb       called once in every process that serves, in the server's thread, before the
+                       first request
     content_type       of the response, unless the handler sets page.content_type
-    methods            that the handler takes. HEAD comes with GET; OPTIONS is answered by the server
-    upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives, and then the handler
-                       is called with an empty request.body. HTTPError refuses the rest of it
+    methods            that the handler takes. HEAD comes with GET; the server answers OPTIONS
+    upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives,
+                       and then the handler is called with an empty request.body. HTTPError refuses
+                       the rest of it
     upload_limit       bytes of the largest content for upload_data_cb; larger: 413
 
-    Raises ConfigError: a bad root path, or one that is taken. Any thread.
+    Raises ConfigError: a bad root path, or one that is taken; a function that is none; bad methods.
+    Any thread.
     """
+    name = checked_root_path(module, root_path)
+    for function in (access_handler_cb, flush_data_cb, init_proc_cb, upload_data_cb):
+        if not callable(function) and (function is not None or function is access_handler_cb):
+            raise ConfigError('%s: root path "%s": no function: %r' % (module, name, function))
+    check_methods(module, name, methods)
+    check_field("Content-Type", content_type)
+    handlers = dict.fromkeys(methods, access_handler_cb)
+    if "GET" in handlers:
+        handlers.setdefault("HEAD", access_handler_cb)
+    handlers.setdefault("OPTIONS", answer_options)
+    known_methods.update(handlers)
+    if init_proc_cb is not None:
+        pending_inits.append(init_proc_cb)
+    roots[name] = Root(
+        name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit
+    )
+
+
+def checked_root_path(module: str, root_path: str) -> str:
+    """The name of a root that can be registered."""
     name = root_path.strip(" \t\r\n") if isinstance(root_path, str) else "?"
     try:
         check_root(name)
@@ -358,255 +706,87 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: Callable[[R
         raise ConfigError("%s: root path %s, not %r" % (module, error, root_path)) from None
     if name in roots:
         raise ConfigError('%s: root path "%s" is taken by %s' % (module, name, roots[name].module))
-    for function in (access_handler_cb, *filter(None, (flush_data_cb, init_proc_cb, upload_data_cb))):
-        if not callable(function):
-            raise ConfigError('%s: root path "%s": no function: %r' % (module, name, function))
-    words = [method for method in methods if isinstance(method, str) and TOKEN.fullmatch(method)]
-    if isinstance(methods, str) or len(words) < len(methods) or not {"CONNECT", "TRACE"}.isdisjoint(methods):
-        raise ConfigError('%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE' % (module, name))
-    check_field("Content-Type", content_type)
-    handlers = dict.fromkeys(methods, access_handler_cb)
-    if "GET" in handlers:
-        handlers.setdefault("HEAD", access_handler_cb)
-    handlers.setdefault("OPTIONS", answer_options)
-    known_methods.update(handlers)
-    if init_proc_cb:
-        pending_inits.append(init_proc_cb)
-    roots[name] = Root(name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit)
+    return name
+
+
+def check_methods(module: str, name: str, methods: Sequence[str]) -> None:
+    """Tokens, but for the two that are not for a handler (RFC 9110, 9.3.6 and 9.3.8)."""
+    good = not isinstance(methods, str)
+    for method in methods:
+        good = good and isinstance(method, str) and bool(TOKEN.fullmatch(method))
+        good = good and method not in ("CONNECT", "TRACE")
+    if not good:
+        raise ConfigError(
+            '%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE'
+            % (module, name)
+        )
 
 
 def unregister_httpdcb(root_path: str) -> None:
     """Take a root path out again: 404 from now on. ConfigError if it is not there. Any thread."""
     if roots.pop(root_path.strip(" \t\r\n"), None) is None:
-        raise ConfigError('root path "%s" is not registered%s' % (root_path, nearest(root_path, roots)))
-
-
-def initialize(late: bool = True) -> None:
-    """Run the init_proc_cb's that have not run in this process. One that fails ends the start of a server."""
-    with init_lock:
-        while pending_inits:
-            try:
-                pending_inits[0]()
-            except Exception:
-                if not late:
-                    raise
-                log.exception("an init_proc_cb failed")
-            del pending_inits[0]
-
-
-def find_root(head: Head) -> tuple[Root, Callable]:
-    """The root that a request goes to, and the handler of its method there."""
-    if pending_inits:
-        initialize()
-    root = roots.get(head.root) or roots.get("")
-    if root is None:
-        if head.path == "*":                            # OPTIONS, the parser has seen to that: the server as a whole
-            return Root("*", "httpd", dict.fromkeys(sorted(known_methods - {"TRACE"})), ""), answer_options
-        raise HTTPError(404, "nothing is registered for this path")
-    handler = root.handlers.get(head.method)
-    if handler is None:
-        raise HTTPError(405, "this method is not allowed here", {"Allow": ", ".join(root.handlers)})
-    return root, handler
+        raise ConfigError(
+            'root path "%s" is not registered%s' % (root_path, nearest(root_path, roots))
+        )
 
 
 def answer_options(request: Request, page: Page) -> int:
     """OPTIONS, for every root (RFC 9110, 9.3.7)."""
-    page.set_header("Allow", ", ".join(request._root.handlers))
+    page.set_header("Allow", ", ".join(request.allowed_methods))
     return 204
 
 
-# ---------------------------------------------------------------------------------------------------- Request and Page
-# A file in a form: the name that the client gives it (never use it as a path), its media type, its bytes.
-FormFile = namedtuple("FormFile", "filename content_type content")
-# Who the client is, by a certificate that tls_ca_file vouches for: such as CN=alice,O=Example; and a hexadecimal.
-ClientCert = namedtuple("ClientCert", "subject serial")
-plain_address = lambda host, port, *_: (re.sub(r"^::ffff:(?=.*\.)", "", host), port)      # IPv4 peers of IPv6 sockets
-CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
+def initialize() -> None:
+    """Run the init_proc_cb's that have not run in this process. An exception of one is the
+    caller's.
+    """
+    with init_lock:
+        while pending_inits:
+            pending_inits[0]()
+            del pending_inits[0]
 
 
-class Request:
-    """What the client asks for. To be read, but for `state`, which is the handler's own. For the server's thread."""
-    __slots__ = ("state", "body", "_head", "_root", "_connection", "_form", "_resumed")
-
-    def __init__(self, connection: Connection, head: Head, body: bytes):
-        self._connection = connection
-        self._head = head
-        self._root = None           # until it is found
-        self._form = None
-        self._resumed = False       # resume() has been called, and no callback because of it
-        self.body = body            # the content, transfer coding taken off
-        self.state = None
-
-    method = property(attrgetter("_head.method"), doc="as sent, such as GET. For HEAD the content is not sent")
-    target = property(attrgetter("_head.target"), doc="the request target as sent")
-    version = property(attrgetter("_head.version"), doc="HTTP/1.1 or HTTP/1.0")
-    path = property(attrgetter("_head.path"), doc="percent-decoded once; bytes that are not UTF-8 are U+FFFD")
-    query = property(attrgetter("_head.query"), doc="what stands behind the ?, as sent; see lookup_arg")
-    headers = property(attrgetter("_head.fields.headers"), doc="lower-case name -> value, several joined by a comma")
-    scheme = property(attrgetter("_connection.server.scheme"), doc="http or https")
-    root = property(attrgetter("_root.name"), doc="the root path that has taken the request")
-    client = property(lambda self: plain_address(*self._connection.peer), doc="address and port of the peer")
-    server = property(lambda self: plain_address(*self._connection.sock.getsockname()), doc="those it is connected to")
-    closed = property(lambda self: self._connection.sock.fileno() < 0, doc="True once the client is gone")
-
-    @property
-    def url(self) -> str:
-        """The path below the root: "", "/" or "/x"; for the root "" the whole path."""
-        return self._head.url if self._root.name else self._head.path
-
-    @property
-    def client_cert(self) -> Optional[ClientCert]:
-        """The certificate that the client has presented; None without tls_ca_file."""
-        found = self._connection.server.params.tls_ca_file and self._connection.sock.tls.getpeercert()
-        if not found:
-            return None
-        names = [(CERT_NAMES.get(name, name), re.sub(r'([\\,+"<>;])', r"\\\1", value))      # RFC 4514, 2.4
-                 for part in found["subject"][::-1] for name, value in part]
-        return ClientCert(",".join(map("=".join, names)), found["serialNumber"])
-
-    @property
-    def form(self) -> dict[str, list]:
-        """The fields of the query, then those of a form in the body: name -> values, each a str or a FormFile.
-        HTTPError 400 if the body is not what its Content-Type says."""
-        if self._form is None:
-            self._form = parse_form(self._head.query, self.headers.get("content-type", ""), self.body)
-        return self._form
-
-    def lookup_arg(self, key: str, default: Any = None) -> Any:
-        """The first value of the field of `form` that has exactly this name."""
-        return self.form.get(key, (default,))[0]
-
-    def _upload(self, data: bytes) -> None:
-        """Hand a piece of the content to upload_data_cb."""
-        try:
-            self._root.upload(self, data)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise blame(error, self._head) from None
-
-    def resume(self) -> None:
-        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any thread. It may come
-        before the callback has returned, repeatedly, and when all is over."""
-        if not self._resumed:
-            self._resumed = True
-            self._connection.server._resume(self)
+def initialize_late() -> None:
+    """The same for roots that are registered while the server runs. One that fails is out of the
+    way then.
+    """
+    with init_lock:
+        while pending_inits:
+            try:
+                initialize()
+            except Exception:
+                log.exception("an init_proc_cb failed")
+                del pending_inits[0]
 
 
-def check_field(name: str, value: str) -> None:
-    """We send what we would accept: a client's CR LF in a value must not end the head (RFC 9110, 5.5)."""
-    rule = FIELD_VALUE if name.lower() != "content-length" else DIGITS
-    if not TOKEN.fullmatch(name) or not rule.fullmatch(value):
-        raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
-    if name.lower() in OWN_FIELDS:
-        raise ValueError("%s is set by the server" % name)
+# ------------------------------------------------------------------------------------------ Request
+
+class FormFile(NamedTuple):
+    """A file in a form."""
+    filename: str           # the name that the client gives it: never use it as a path
+    content_type: str       # its media type, in small letters, without parameters
+    content: bytes
 
 
-HEADROOM, TAILROOM = 512, 2         # bytes before the content, for a head of about 150; and behind it, to end a chunk
-OWN_FIELDS = {"connection", "date", "keep-alive", "transfer-encoding", "upgrade"}
+class ClientCert(NamedTuple):
+    """Who the client is, by a certificate that tls_ca_file vouches for."""
+    subject: str            # such as CN=alice,O=Example
+    serial: str             # hexadecimal
 
 
-class Page:
-    """The response in the making, on the one buffer of the server; the access handler gets it clean."""
-    __slots__ = ("_content_type", "_view", "_size", "_end", "_fields")
-
-    def __init__(self, size: int):
-        self._view = memoryview(bytearray(HEADROOM + size + TAILROOM))
-        self._size = HEADROOM + size
-        self._content_type = ""
-        self.clear()
-
-    def _set_content_type(self, value: str) -> None:
-        check_field("Content-Type", value)
-        self._content_type = value
-
-    content_type = property(attrgetter("_content_type"), _set_content_type, doc="the root's, until set")
-
-    def clear(self) -> None:
-        self._end, self._fields = HEADROOM, ()
-
-    def write(self, data) -> int:
-        """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page), print(x, file=page).
-        BufferError when it does not fit into buf_size."""
-        if type(data) is str:
-            data = data.encode()
-        end = self._end + len(data)
-        if end > self._size:
-            raise BufferError("the response does not fit into %d bytes: raise buf_size" % (self._size - HEADROOM))
-        self._view[self._end:end] = data
-        self._end = end
-        return len(data)
-
-    def __len__(self) -> int:
-        return self._end - HEADROOM
-
-    @property
-    def length(self) -> Optional[int]:
-        """The Content-Length that the handler has set."""
-        return next((int(value) for name, value in self._fields if name.lower() == "content-length"), None)
-
-    def with_fields(self, head: bytes) -> bytes:
-        """A head, and the handler's own fields."""
-        own = ("%s: %s\r\n" % field for field in self._fields if field[0].lower() != "content-length")
-        return head[:-2] + "".join(own).encode("latin-1") + b"\r\n"
-
-    def set_header(self, name: str, value: str, add: bool = False) -> None:
-        """Set a header field; one of that name is replaced, unless `add`, or Set-Cookie. Content-Length is for streams.
-        ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server sets."""
-        key, value = name.lower(), str(value)
-        check_field(name, value)
-        if key == "content-type":
-            self._content_type = value
-        else:
-            kept = (field for field in self._fields if add or key == "set-cookie" or field[0].lower() != key)
-            self._fields = (*kept, (name, value))
-
-
-# -------------------------------------------------------------------------------------------------------------- Parser
-# Bytes in, immutable heads out. RFC 9110 and 9112, and where they leave a choice, the strict one: a doubt is a 400.
-
-_ESCAPED = "%(?!00)[0-9A-Fa-f]{2}"
-_PATH = '/[!"$&->@-~]*(?:' + _ESCAPED + '[!"$&->@-~]*)*'                # RFC 3986, 3.3: visible ASCII but # and ?
-_QUERY = '[!"$&-~]*(?:' + _ESCAPED + '[!"$&-~]*)*'
-_VALUE = FIELD_VALUE.pattern.encode("latin-1")
-_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'         # RFC 9110, 5.6.4
-_LINES = rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*"
-EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")                             # RFC 9112, 2.2: clients that send too many
-REQUEST_LINE = re.compile("(" + TOKEN.pattern + ") ((" + _PATH + r")(?:\?(" + _QUERY + "))?|(?!/)" + _QUERY
-                          + r") HTTP/([0-9]\.[0-9])")
-FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
-ABSOLUTE_FORM = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\\?(.*))?")
-_NAME = r"[\w.~!$&'()*+,;=-]*"                                          # RFC 3986, 3.2.2
-HOST = re.compile(r"(?!:|\Z)(?:\[([0-9A-Fa-f:.]+)\]|" + _NAME + "(?:%[0-9A-Fa-f]{2}" + _NAME + ")*)(?::([0-9]{0,5}))?",
-                  re.ASCII)
-PLAIN_HOST = re.compile("[A-Za-z0-9.-]+(?::[0-9]{1,4})?")               # what nearly every Host is: quickly found good
-CODING = re.compile(_TOKEN.decode() + "(?:[ \t]*;.*)?")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|"
-                        + _QUOTED + rb"))?)*)\r\n")
-PARAMETER = re.compile("[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + _TEXT + ")")
-# What may still become one of these: bytes that cannot are refused at once, not when their line ends.
-REQUEST_LINE_BEGIN = re.compile(rb"(?:\r|" + _TOKEN + rb'(?: (?:[!"$-~]+(?: (?:H|HT|HTT|HTTP|'
-                                rb"HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?")
-FIELD_LINES_BEGIN = re.compile(_LINES + rb"(?:\r\n?|" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
-CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
-
-CHUNKED, UNTIL_CLOSE = -1, -2       # beside a Content-Length of 0 or more; the second is for what goes out to HTTP/1.0
-MAX_FIELDS = 128
-FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
-# RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
-NO_TRAILERS = frozenset("authorization cache-control connection content-encoding content-length content-range "
-                        "content-type cookie expect host max-forwards origin range te trailer transfer-encoding "
-                        "upgrade".split())
-# What the answer says about the connection (RFC 9112, 9.3).
-KEPT, KEPT_1_0, CLOSED = "", "Connection: keep-alive\r\n", "Connection: close\r\n"
-
-
-# A header section, which requests that bring the same bytes share: name -> value; the length of the content or CHUNKED;
-# what to answer: KEPT, KEPT_1_0 or CLOSED; what is expected, in small letters, or None; the content is a form.
-Fields = namedtuple("Fields", "headers length connection expect form")
-# A request line and header section that the parser has accepted. The path is percent-decoded, `root` its first segment,
-# `url` the rest; `scheme` that of an absolute-form target; it `waits` if there is content, or an expectation to see to.
-Head = namedtuple("Head", "method target version path query root url scheme connection fields waits")
+FormValue = Union[str, FormFile]
+URLENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
+# RFC 9110, 5.6.6: the parameters behind a media type or a disposition.
+PARAMETER = re.compile(
+    "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")"
+)
+CERT_NAMES = {
+    "commonName": "CN",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "countryName": "C",
+}
 
 
 def require(condition: Any, status: int, reason: str) -> None:
@@ -614,55 +794,512 @@ def require(condition: Any, status: int, reason: str) -> None:
         raise HTTPError(status, reason)
 
 
-def parse_head(line: bytes, block: bytes, fields: Optional[Fields], lines: FieldLines, methods: set) -> Head:
-    """A request line and the header section below it, to its empty line; `fields` if that has been parsed before.
-    `lines` remembers field lines. The order of checks: grammar, version, sizes, method, Host, framing."""
+def media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip(" \t").lower()
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """The parameters behind a media type or disposition: `; name=value` (RFC 9110, 5.6.6)."""
+    found: dict[str, str] = {}
+    at = text.find(";")
+    if at < 0:
+        return found
+    while match := PARAMETER.match(text, at):
+        found.setdefault(match[1].lower(), unquoted(match[2]))
+        at = match.end()
+    require(not text[at:].strip(" \t;"), 400, "malformed parameter of a field")
+    return found
+
+
+def parse_part(part: bytes) -> tuple[str, FormValue]:
+    """A part of a multipart form: its name, and a text, or a FormFile where there is a filename."""
+    head, _, content = part.partition(b"\r\n\r\n")
+    fields: dict[str, str] = {}
+    for line in head.decode("utf-8", "replace").split("\r\n"):
+        name, _, value = line.partition(":")
+        fields[name.lower()] = value
+    about = parse_parameters(fields.get("content-disposition", ""))
+    require("name" in about, 400, "a part of the form has no name")
+    if "filename" not in about:
+        return about["name"], content.decode("utf-8", "replace")
+    kind = media_type(fields.get("content-type", "text/plain"))
+    return about["name"], FormFile(about["filename"], kind, content)
+
+
+def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, FormValue]]:
+    """The parts of a multipart/form-data body (RFC 7578)."""
+    boundary = parse_parameters(content_type).get("boundary", "").encode("latin-1")
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
+    ended = parts and re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop())
+    require(0 < len(boundary) <= 70 and ended, 400, "the form does not end with its boundary")
+    return [parse_part(part) for part in parts]
+
+
+def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list[Any]]:
+    """The fields of a query, then those of a body that is a form."""
+    pairs: list[tuple[str, FormValue]] = list(parse_qsl(query, keep_blank_values=True))
+    kind = media_type(content_type)
+    if kind == URLENCODED:
+        pairs += parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    elif kind == MULTIPART:
+        pairs += parse_multipart(content_type, body)
+    form: dict[str, list[Any]] = {}
+    for name, value in pairs:
+        form.setdefault(name, []).append(value)
+    return form
+
+
+def plain_address(address: Any) -> tuple[str, int]:
+    """Host and port. An IPv4 peer of an IPv6 socket is an IPv4 peer."""
+    host, port = address[:2]
+    return re.sub(r"^::ffff:(?=.*\.)", "", host), port
+
+
+def describe_subject(subject: Any) -> str:
+    """The subject of a certificate, as ssl.SSLSocket.getpeercert() has it, in one line (RFC 4514,
+    2).
+    """
+    parts = []
+    for attributes in reversed(subject):
+        for name, value in attributes:
+            escaped = re.sub(r'([\\,+"<>;])', r"\\\1", value)
+            parts.append("%s=%s" % (CERT_NAMES.get(name, name), escaped))
+    return ",".join(parts)
+
+
+class Request:
+    """What the client asks for. To be read, but for `state`, which is the handler's own. For the
+    server's thread.
+    """
+
+    __slots__ = (
+        "state", "body", "_connection", "_head", "_root", "_handler", "_form",
+        "_resumed",
+    )
+
+    def __init__(
+        self, connection: Connection, head: Head, root: Root, handler: AccessHandler, body: bytes
+    ) -> None:
+        self.state: Any = None
+        self.body = body                # the content, transfer coding taken off
+        self._connection = connection
+        self._head = head
+        self._root = root
+        self._handler = handler         # what `route` has found: asked once
+        self._form: Optional[dict[str, list[Any]]] = None
+        self._resumed = False           # resume() has been called, and no callback because of it
+
+    # Lower-case name -> value, several joined by a comma. By C: a call less where handlers read it.
+    headers: Mapping[str, str] = property(  # type: ignore[assignment]  # mypy wants a method here
+        operator.attrgetter("_head.fields.headers")
+    )
+
+    @property
+    def method(self) -> str:
+        """As sent, such as GET. For HEAD the content is not sent."""
+        return self._head.method
+
+    @property
+    def target(self) -> str:
+        """The request target as sent."""
+        return self._head.target
+
+    @property
+    def version(self) -> str:
+        """HTTP/1.1 or HTTP/1.0."""
+        return self._head.version
+
+    @property
+    def path(self) -> str:
+        """Percent-decoded once; bytes that are not UTF-8 are U+FFFD."""
+        return self._head.path
+
+    @property
+    def query(self) -> str:
+        """What stands behind the ?, as sent; see lookup_arg()."""
+        return self._head.query
+
+    @property
+    def url(self) -> str:
+        """The path below the root: "", "/" or "/x"; for the root "" the whole path."""
+        return self._head.url if self._root.name else self._head.path
+
+    @property
+    def root(self) -> str:
+        """The root path that has taken the request."""
+        return self._root.name
+
+    @property
+    def allowed_methods(self) -> list[str]:
+        """What the root answers to."""
+        return list(self._root.handlers)
+
+    @property
+    def scheme(self) -> str:
+        """http or https."""
+        return self._connection.server.transport.scheme
+
+    @property
+    def client(self) -> tuple[str, int]:
+        """Address and port of the peer."""
+        return plain_address(self._connection.peer)
+
+    @property
+    def server(self) -> tuple[str, int]:
+        """Address and port that the client is connected to."""
+        return plain_address(self._connection.sock.getsockname())
+
+    @property
+    def client_cert(self) -> Optional[ClientCert]:
+        """The certificate that the client has presented; None without tls_ca_file."""
+        found = self._connection.peer_certificate()
+        if not found:
+            return None
+        return ClientCert(describe_subject(found["subject"]), found["serialNumber"])
+
+    @property
+    def closed(self) -> bool:
+        """True once the client is gone."""
+        return self._connection.sock.fileno() < 0
+
+    @property
+    def form(self) -> dict[str, list[Any]]:
+        """The fields of the query, then those of a form in the body: name -> values, each a str or
+        a FormFile.
+
+        HTTPError 400 if the body is not what its Content-Type says.
+        """
+        if self._form is None:
+            self._form = parse_form(self.query, self.headers.get("content-type", ""), self.body)
+        return self._form
+
+    def lookup_arg(self, key: str, default: Any = None) -> Any:
+        """The first value of the field of `form` that has exactly this name."""
+        values = self.form.get(key)
+        return values[0] if values else default
+
+    def resume(self) -> None:
+        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any
+        thread.
+
+        It may come before the callback has returned, repeatedly, and when all is over.
+        """
+        if not self._resumed:
+            self._resumed = True
+            self._connection.server.post(self)
+
+
+# --------------------------------------------------------------------------------------------- Page
+
+HEADROOM = 512      # bytes before the content, for a head of about 150
+TAILROOM = 2        # and behind it, to end a chunk
+
+
+class Page:
+    """The response in the making, on the one buffer of the server; the access handler gets it
+    clean.
+    """
+    __slots__ = ("buffer", "view", "end", "limit", "fields", "_content_type")
+
+    def __init__(self, size: int) -> None:
+        self.buffer = bytearray(HEADROOM + size + TAILROOM)
+        self.view = memoryview(self.buffer)
+        self.limit = HEADROOM + size
+        self.end = HEADROOM                                 # of the content
+        self.fields: tuple[tuple[str, str], ...] = ()       # that the handler has set
+        self._content_type = ""
+
+    @property
+    def content_type(self) -> str:
+        """The root's, until set."""
+        return self._content_type
+
+    @content_type.setter
+    def content_type(self, value: str) -> None:
+        check_field("Content-Type", value)
+        self._content_type = value
+
+    def clear(self) -> None:
+        """Take back what has been written, and the fields."""
+        self.end = HEADROOM
+        self.fields = ()
+
+    def write(self, data: Union[str, bytes, bytearray, memoryview]) -> int:
+        """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page),
+        print(x, file=page).
+
+        BufferError when it does not fit into buf_size.
+        """
+        if isinstance(data, str):
+            data = data.encode()
+        end = self.end + len(data)
+        if end > self.limit:
+            size = self.limit - HEADROOM
+            raise BufferError("the response does not fit into %d bytes: raise buf_size" % size)
+        self.view[self.end:end] = data
+        self.end = end
+        return len(data)
+
+    def __len__(self) -> int:
+        return self.end - HEADROOM
+
+    def set_header(self, name: str, value: Union[str, int], add: bool = False) -> None:
+        """Set a header field; one of that name is replaced, unless `add`, or Set-Cookie.
+        Content-Length is for streams.
+
+        ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server
+        sets.
+        """
+        text = str(value)
+        check_field(name, text)
+        key = name.lower()
+        if key == "content-type":
+            self._content_type = text
+            return
+        kept = self.fields
+        if not add and key != "set-cookie":
+            kept = tuple(field for field in kept if field[0].lower() != key)
+        self.fields = (*kept, (name, text))
+
+    def length(self) -> Optional[int]:
+        """The Content-Length that the handler has set."""
+        for name, value in self.fields:
+            if name.lower() == "content-length":
+                return int(value)
+        return None
+
+    def with_fields(self, head: bytes) -> bytes:
+        """A response head with the handler's own fields at its end. Content-Length is there
+        already.
+        """
+        lines = [head[:-2]]
+        for name, value in self.fields:
+            if name.lower() != "content-length":
+                lines.append(("%s: %s\r\n" % (name, value)).encode("latin-1"))
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- Parser
+# Bytes in, immutable heads out. RFC 9110 and 9112, and where they leave a choice, the strict one: a
+# doubt is a 400. The names of the patterns are those of the grammar; all are used with fullmatch,
+# or match at a place. No two neighbouring parts of a pattern match the same character: each takes
+# time in proportion to the text.
+
+_VALUE = FIELD_VALUE.pattern.encode("latin-1")
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'         # RFC 9110, 5.6.4
+# Visible ASCII (RFC 3986, 3.3). A \ is /, to some browsers; an escaped control character is one to
+# what stands behind a handler. In a query browsers send a % that begins no escape.
+_ESCAPED = "%(?![01]|7[Ff])[0-9A-Fa-f]{2}"
+_PATH = r'/[!"$&->@-\[\]-~]*(?:' + _ESCAPED + r'[!"$&->@-\[\]-~]*)*'
+_QUERY = r'[!"$&-\[\]-~]*(?:%(?!00)[!"$&-\[\]-~]*)*'
+ORIGIN_FORM_LINE = re.compile(
+    "(" + TOKEN.pattern + ") ((" + _PATH + r")(?:\?(" + _QUERY + r"))?) HTTP/1\.([0-9])")
+REQUEST_LINE = re.compile(
+    "("
+    + TOKEN.pattern
+    + ") ("
+    + _PATH
+    + r"(?:\?"
+    + _QUERY
+    + ")?|(?!/)"
+    + _QUERY
+    + r") HTTP/([0-9])\.([0-9])"
+)
+ABSOLUTE_FORM = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?%]*(?:%[0-9A-Fa-f]{2}[^/?%]*)*)(" + _PATH + r")?(?:\?(.*))?")
+AUTHORITY_FORM = re.compile(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}")
+_REG_NAME = r"[A-Za-z0-9_.~!$&'()*+,;=-]*"                              # RFC 3986, 3.2.2
+HOST = re.compile(
+    r"(?!:|\Z)(?:\[(?:([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~%-]+)?"
+    r"|[vV][0-9A-Fa-f]+\.[A-Za-z0-9_.~!$&'()*+,;=:-]+)\]|"
+    + _REG_NAME
+    + "(?:%[0-9A-Fa-f]{2}"
+    + _REG_NAME
+    + ")*)(?::([0-9]{0,5}))?"
+)
+# nearly every one: quickly found good
+PLAIN_HOST = re.compile("[A-Za-z0-9.-]+(?::[0-9]{1,4})?")
+FIELD_LINE = re.compile(_TOKEN + b":" + _VALUE)
+CONTENT_LENGTH = re.compile("0|[1-9][0-9]{0,17}")               # a leading zero is octal to some
+CODING = re.compile(TOKEN.pattern + "(?:[ \t]*;.*)?")
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*"
+    + _TOKEN
+    + rb"(?:[ \t]*=[ \t]*(?:"
+    + _TOKEN
+    + rb"|"
+    + _QUOTED
+    + rb"))?)*)\r\n"
+)
+# What may still become a chunk size line: bytes that cannot are refused at once.
+CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
+# RFC 9112, 2.2: clients that send too many
+EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")
+
+CHUNKED = -1            # beside a Content-Length of 0 or more
+UNTIL_CLOSE = -2        # the content ends with the connection: only for what goes out to HTTP/1.0
+MAX_FIELDS = 128
+# RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
+NO_TRAILERS = frozenset("""
+    authorization cache-control connection content-encoding content-length content-range
+    content-type cookie expect host max-forwards origin range te trailer transfer-encoding upgrade
+""".split())
+# What the answer says about the connection (RFC 9112, 9.3).
+KEEP = ""
+KEEP_1_0 = "Connection: keep-alive\r\n"
+CLOSE = "Connection: close\r\n"
+CONTINUE_EXPECTED = "100-continue"
+
+
+Buffer = Union[bytes, bytearray]
+
+
+class Fields(NamedTuple):
+    """A header section that the parser has accepted. Requests that bring the same bytes share
+    it.
+    """
+    headers: Mapping[str, str]      # lower-case name -> value
+    length: int                     # of the content in bytes, or CHUNKED
+    connection_line: str            # what the answer says: KEEP, KEEP_1_0 or CLOSE
+    expect: str                     # what is expected, in small letters; empty: nothing
+    form: bool                      # the content is a form
+
+
+class Head(NamedTuple):
+    """A request line and header section that the parser has accepted."""
+    method: str
+    target: str
+    version: str                    # HTTP/1.0 or HTTP/1.1
+    path: str                       # percent-decoded
+    query: str
+    root: str                       # the first segment of the path
+    url: str                        # the rest of the path
+    scheme: str                     # of a target in absolute-form; empty for all others
+    fields: Fields
+    connection_line: str            # that of the fields
+    waits: bool                     # there is content, or an expectation to see to
+
+
+class Target(NamedTuple):
+    """What a request target says (RFC 9112, 3.2). All but the path may be empty."""
+    scheme: str
+    host: str
+    path: str
+    query: str
+
+
+def parse_field_line(line: bytes) -> tuple[str, str]:
+    """The name, in small letters, and the value of a field."""
+    if FIELD_LINE.fullmatch(line) is None:
+        raise HTTPError(400, "malformed header field")
+    name, _, value = line.decode("latin-1").partition(":")
+    return name.lower(), value.strip(" \t")
+
+
+def match_request_line(line: Buffer) -> tuple[str, str, str, str]:
+    """Method, target, major and minor version."""
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise HTTPError(400, "malformed request line")
-    method, target, path, query, version = match.groups()
-    old = version == "1.0"
-    if fields is None or old:                               # remembered as a HTTP/1.1 client's
-        fields, pairs = None, list(map(lines.__getitem__, block.split(b"\r\n")[:-2]))
-    scheme, host = "", ""
-    if path is None or method == "CONNECT" or version[0] != "1":
-        scheme, host, path, query = parse_target(method, target, version)
-    if fields is None and len(pairs) > MAX_FIELDS:
-        raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
-    if method not in methods:
+    method, text, major, minor = match.groups()
+    return method, text, major, minor
+
+
+ParseLine = Callable[[bytes], Tuple[str, str]]
+
+
+def parse_head(line: bytes, section: bytes, fields: Optional[Fields], methods: Collection[str],
+               parse_line: ParseLine = parse_field_line) -> Head:
+    """A request line, and the header section below it to its empty line.
+
+    `fields`: that section, if it has been parsed before, for a HTTP/1.1 client. `methods` are
+    known. The order of checks: grammar, version, sizes, method, Host, framing.
+    """
+    match = ORIGIN_FORM_LINE.fullmatch(line.decode("latin-1"))
+    if match is None or match[1] == "CONNECT":
+        return parse_other_head(line, section, methods, parse_line)
+    method, target, path, query, minor = match.groups()
+    if fields is None or minor == "0":
+        pairs = list(map(parse_line, section.split(b"\r\n")[:-2]))
+        fields = parse_section(pairs, minor == "0", method, methods)
+    elif method not in methods:
         raise HTTPError(501, "this method is not known here")
-    if fields is None:
-        fields = parse_fields(pairs, old)
-    if host:                                                # RFC 9112, 3.2.2: the target's host counts
-        fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": host}))
     if "%" in path:
         path = unquote(path)
-    root, slash, rest = path[1:].partition("/") if path != "*" else ("*", "", "")
-    waits = fields.length != 0 or fields.expect is not None
-    return tuple.__new__(Head, (method, target, "HTTP/1.0" if old else "HTTP/1.1", path, query or "", root,
-                                slash + rest, scheme, fields.connection, fields, waits))   # half the price of Head()
+    root, slash, rest = path[1:].partition("/")
+    version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
+    waits = fields.length != 0 or fields.expect != ""
+    return Head._make((
+        method,
+        target,
+        version,
+        path,
+        query or "",
+        root,
+        slash + rest,
+        "",
+        fields,
+        fields.connection_line,
+        waits,
+    ))
 
 
-def parse_target(method: str, target: str, version: str) -> tuple[str, str, str, str]:
-    """Scheme, host, path and query of a target that is not in origin-form (RFC 9112, 3.2), if the version allows it."""
-    require(version[0] == "1", 505, "this server speaks HTTP/1.1")
-    if target == "*" and method == "OPTIONS":
-        return "", "", "*", ""
+def parse_other_head(
+    line: bytes, section: bytes, methods: Collection[str], parse_line: ParseLine
+) -> Head:
+    """The same for a target that is not in origin-form, and for another version."""
+    method, text, major, minor = match_request_line(line)
+    pairs = list(map(parse_line, section.split(b"\r\n")[:-2]))
+    target = parse_target(method, text, major)
+    fields = parse_section(pairs, minor == "0", method, methods)
+    if target.host:                 # RFC 9112, 3.2.2: it counts, not the Host field
+        fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": target.host}))
+    path = unquote(target.path)
+    root, slash, rest = path[1:].partition("/")
+    if path == "*":
+        root = "*"
+    version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
+    waits = fields.length != 0 or fields.expect != ""
+    return Head._make((
+        method,
+        text,
+        version,
+        path,
+        target.query,
+        root,
+        slash + rest,
+        target.scheme,
+        fields,
+        fields.connection_line,
+        waits,
+    ))
+
+
+def parse_target(method: str, text: str, major: str) -> Target:
+    """A request target in another form (RFC 9112, 3.2.2 to 3.2.4), if the version allows it."""
+    require(major == "1", 505, "this server speaks HTTP/1.1")
+    if text == "*" and method == "OPTIONS":
+        return Target("", "", "*", "")
     if method == "CONNECT":
-        require(re.fullmatch(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}", target), 400, "CONNECT wants host:port")
-        check_host(target)
-        return "", "", "/", ""
-    match = ABSOLUTE_FORM.fullmatch(target)
-    require(match, 400, "malformed request target")
+        require(AUTHORITY_FORM.fullmatch(text), 400, "CONNECT wants host:port")
+        check_host(text)
+        return Target("", "", "/", "")
+    match = ABSOLUTE_FORM.fullmatch(text)
+    if match is None:
+        raise HTTPError(400, "malformed request target")
     scheme, host, path, query = match.groups()
     check_host(host)
-    return scheme.lower(), host, path or ("*" if method == "OPTIONS" and query is None else "/"), query or ""
+    if path is None:
+        path = "*" if method == "OPTIONS" and query is None else "/"
+    return Target(scheme.lower(), host, path, query or "")
 
 
 def check_host(text: str) -> None:
     """The grammar of `host[:port]` (RFC 9110, 7.2). The host is not empty."""
     match = HOST.fullmatch(text)
-    require(match and int(match[2] or 0) <= 65535, 400, "the host is not host[:port]")
+    if match is None or int(match[2] or 0) > 65535:
+        raise HTTPError(400, "the host is not host[:port]")
     if match[1]:
         try:
             socket.inet_pton(socket.AF_INET6, match[1])
@@ -670,224 +1307,419 @@ def check_host(text: str) -> None:
             raise HTTPError(400, "the host is no IPv6 address") from None
 
 
-def parse_fields(pairs: list[tuple[str, str]], old: bool) -> Fields:
-    """What the fields say together. `old`: a HTTP/1.0 client's."""
-    headers, twice = dict(pairs), ()
+def parse_section(
+    pairs: Sequence[tuple[str, str]], old: bool, method: str, methods: Collection[str]
+) -> Fields:
+    """What the fields of a section say together. `old`: a HTTP/1.0 client's."""
+    if len(pairs) > MAX_FIELDS:
+        raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
+    if method not in methods:
+        raise HTTPError(501, "this method is not known here")
+    headers = dict(pairs)
+    repeated: Collection[str] = ()
     if len(headers) < len(pairs):
-        headers, twice = join_fields(pairs)
-    if "host" not in headers or "host" in twice:
-        require(old and "host" not in twice, 400, "HTTP/1.1 wants the Host field, once")
-    elif not PLAIN_HOST.fullmatch(headers["host"]):
-        check_host(headers["host"])
-    framed = "content-length" in headers or "transfer-encoding" in headers
-    length = content_length(headers, twice, old) if framed else 0
-    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
-    kept = "close" not in options and ("keep-alive" in options or not old)
-    expect = headers["expect"].lower() if "expect" in headers and not old else None
-    form = "content-type" in headers and media_type(headers["content-type"]) in FORM_TYPES
-    connection = CLOSED if not kept else KEPT_1_0 if old else KEPT
-    return tuple.__new__(Fields, (MappingProxyType(headers), length, connection, expect, form))
+        headers, repeated = join_fields(pairs)
+    check_host_field(headers, repeated, old)
+    length = 0
+    if "content-length" in headers or "transfer-encoding" in headers:
+        length = content_length(headers, repeated, old)
+    connection_line = KEEP
+    if old or "connection" in headers:
+        connection_line = what_becomes_of_connection(headers.get("connection", ""), old)
+    expect = ""
+    if "expect" in headers and not old:
+        expect = parse_expect(headers["expect"])
+    form = "content-type" in headers and media_type(headers["content-type"]) in (
+        URLENCODED,
+        MULTIPART,
+    )
+    return Fields(MappingProxyType(headers), length, connection_line, expect, form)
 
 
-def join_fields(pairs: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
-    """Values of the same name become a list (RFC 9110, 5.3; RFC 6265, 5.4); also the names that come more than once."""
+def join_fields(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
+    """Values of a name become a list (RFC 9110, 5.3; RFC 6265, 5.4); also the names that come more
+    than once.
+    """
     headers: dict[str, str] = {}
-    twice = set()
+    repeated = set()
     for name, value in pairs:
         if name in headers:
-            twice.add(name)
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+            repeated.add(name)
+            separator = "; " if name == "cookie" else ", "
+            value = headers[name] + separator + value
         headers[name] = value
-    return headers, twice
+    return headers, repeated
 
 
-def content_length(headers: Mapping[str, str], twice: Any, old: bool) -> int:
-    """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through doubts."""
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+def check_host_field(headers: Mapping[str, str], repeated: Collection[str], old: bool) -> None:
+    """RFC 9112, 3.2: exactly one, but for HTTP/1.0, which may have none."""
+    host = headers.get("host")
+    if host is None and old:
+        return
+    if host is None or "host" in repeated:
+        raise HTTPError(400, "HTTP/1.1 wants the Host field, once")
+    if not PLAIN_HOST.fullmatch(host):
+        check_host(host)
+
+
+def content_length(headers: Mapping[str, str], repeated: Collection[str], old: bool) -> int:
+    """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through
+    doubts.
+    """
+    length = headers.get("content-length")
     if length is not None:
-        once = "content-length" not in twice
-        require(once and DIGITS.fullmatch(length), 400, "Content-Length is not 1 to 18 digits, once")
+        once = "content-length" not in repeated
+        require(
+            once and CONTENT_LENGTH.fullmatch(length),
+            400,
+            "Content-Length is not 1 to 18 digits, once",
+        )
+    coding = headers.get("transfer-encoding")
     if coding is None:
         return int(length or 0)
-    require(length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
-    codings = [coding.strip(" \t") for coding in coding.lower().split(",")]
+    require(
+        length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0"
+    )
+    codings = list_members(coding)
     if codings != ["chunked"]:
-        once = "transfer-encoding" not in twice and "chunked" not in codings[:-1]
-        require(once and all(map(CODING.fullmatch, codings)), 400, "Transfer-Encoding is not chunked, once")
+        once = "transfer-encoding" not in repeated and "chunked" not in codings[:-1]
+        require(
+            once and all(map(CODING.fullmatch, codings)),
+            400,
+            "Transfer-Encoding is not chunked, once",
+        )
         raise HTTPError(501, "no transfer coding but chunked is understood")
     return CHUNKED
 
 
-def check_begin(data: bytes, start: int, limit: int) -> int:
-    """Refuse the beginning of a head if no further byte can mend it, or if it is over the limit: 414, 431. Lines before
-    `start` have been found good; returns the next `start`. The limit counts from the request line."""
-    empty = EMPTY_LINES.match(data).end()
-    begin = data[:empty + limit]
-    line, found, _ = begin[empty:].partition(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line.decode("latin-1")) if found else None
-    if found and not start:
-        require(match, 400, "malformed request line")
-        start = empty + len(line) + 2
-    if start:
-        require(FIELD_LINES_BEGIN.fullmatch(begin, start), 400, "malformed header field")
-    else:
-        require(REQUEST_LINE_BEGIN.fullmatch(begin, empty), 400, "malformed request line")
-    if len(data) > len(begin):
-        require(start, 414, "the request line is longer than max_header_size, %d bytes" % limit)
-        method, target, path, _, version = match.groups()
-        if path is None or method == "CONNECT" or version[0] != "1":
-            parse_target(method, target, version)
-        raise HTTPError(431, "the header section is longer than max_header_size, %d bytes" % limit)
-    return start and begin.rfind(b"\r\n") + 2
+def list_members(value: str) -> list[str]:
+    """The members of a list in a field (RFC 9110, 5.6.1), in small letters."""
+    return [member.strip(" \t") for member in value.lower().split(",")]
 
 
-def decode_content(length: int, limit: float, overhead: int, write: Callable) -> Generator[int, bytes, bytes]:
-    """Take the framing off the content of one request (RFC 9112, 6 and 7) and hand it to `write`, piece by piece.
-    send() it what is received; it yields how many bytes it holds, and returns what came behind the content. 413 as soon
-    as that is over `limit`. `overhead`: bytes that chunk extensions and trailers may have."""
-    too_large = "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size" % limit
-    require(length <= limit, 413, too_large)
-    data = bytearray()
-    if length != CHUNKED:
-        return (yield from pass_on(length, data, write))
-    while length:
-        while b"\r\n" not in data:
-            require(CHUNK_LINE_BEGIN.fullmatch(data), 400, "malformed chunk size or extension")
-            require(len(data) <= overhead + 17, 400, "the chunk extensions are too long")
-            data += yield len(data)
-        match = CHUNK_LINE.match(data)
-        require(match, 400, "malformed chunk size or extension")
-        length, overhead = int(match[1], 16), overhead - len(match[2])
-        require(overhead >= 0, 400, "the chunk extensions are too long")
-        limit -= length
-        require(limit >= 0, 413, too_large)
-        del data[:match.end()]
-        if length:
-            data = bytearray((yield from pass_on(length, data, write)))
-            while not data.startswith(b"\r\n"):
-                require(b"\r\n".startswith(data[:2]), 400, "a chunk is not as long as it says")
-                data += yield len(data)
-            del data[:2]
-    while not data.startswith(b"\r\n") and b"\r\n\r\n" not in data:
-        check_trailers(data, overhead)
-        data += yield len(data)
-    end = 0 if data.startswith(b"\r\n") else data.index(b"\r\n\r\n") + 2
-    check_trailers(data[:end + 2], overhead)
-    require(data.count(b"\n", 0, end) <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS)
-    names = {line.partition(b":")[0].decode().lower() for line in data[:end].split(b"\r\n")}
-    require(NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section")
-    return bytes(data[end + 2:])
+def what_becomes_of_connection(value: str, old: bool) -> str:
+    """What the Connection field asks for (RFC 9112, 9.3): `close` wins."""
+    options = list_members(value)
+    if "close" in options:
+        return CLOSE
+    if not old:
+        return KEEP
+    if "keep-alive" in options:
+        return KEEP_1_0
+    return CLOSE
 
 
-def pass_on(length: int, data: bytes, write: Callable) -> Generator[int, bytes, bytes]:
-    """Hand `length` bytes to `write`, `data` first; returns what came behind them."""
-    while True:
-        piece, data = bytes(data[:length]), bytes(data[length:])
+def parse_expect(value: str) -> str:
+    """What is expected (RFC 9110, 10.1.1), once if the list says the same again."""
+    members = [member for member in list_members(value) if member]
+    if members and members.count(CONTINUE_EXPECTED) == len(members):
+        return CONTINUE_EXPECTED
+    return value.lower() or "nothing"
+
+
+# The places where the beginning of a head may end; each has a pattern that what comes next must
+# match. A group is a run of characters that need not be looked at again.
+_NAME_RUN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*"
+_TARGET_RUN = rb'[!"$-\[\]-~]*'
+_VERSION_BEGIN = rb"(?: (?:H|HT|HTT|HTTP|HTTP/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?"
+_LINES = rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*"
+_LINES_BEGIN = _LINES + rb"(?:\r\n?|(" + _TOKEN + rb")(?::(" + _VALUE + rb")\r?)?)?"
+_AFTER_VALUE = rb"(?:\r(?:\n" + _LINES_BEGIN + rb")?)?"
+IN_METHOD, IN_TARGET, AT_LINE, IN_NAME, IN_VALUE = range(5)
+BEGINNINGS = {      # place -> what may follow there; and where its groups end
+    IN_METHOD: (rb"\r|(" + _NAME_RUN + rb")(?: (" + _TARGET_RUN + rb")" + _VERSION_BEGIN + rb")?",
+                (IN_METHOD, IN_TARGET)),
+    IN_TARGET: (rb"(" + _TARGET_RUN + rb")" + _VERSION_BEGIN, (IN_TARGET,)),
+    AT_LINE: (_LINES_BEGIN, (IN_NAME, IN_VALUE)),
+    IN_NAME: (rb"(" + _NAME_RUN + rb")(?::(" + _VALUE + rb")" + _AFTER_VALUE + rb")?",
+              (IN_NAME, IN_VALUE, IN_NAME, IN_VALUE)),
+    IN_VALUE: (rb"(" + _VALUE + rb")" + _AFTER_VALUE, (IN_VALUE, IN_NAME, IN_VALUE)),
+}
+BEGINNING_PATTERNS = {place: re.compile(row[0]) for place, row in BEGINNINGS.items()}
+
+
+class Beginning:
+    """The beginning of a head, or of a trailer section, that is not whole yet.
+
+    A byte after which it can no longer become one is refused at once, not when its line ends. What
+    has been found good is not looked at again: a byte costs the same, wherever it comes.
+    """
+    __slots__ = ("place", "at", "searched")
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.at = 0             # the offset from which the pattern of the place has to match
+        self.searched = 0       # bytes that do not hold the end of the section
+
+    def check_head(self, data: Buffer, limit: int) -> None:
+        """HTTPError if `data` can no longer become a head of at most `limit` bytes, empty lines not
+        counted.
+        """
+        start = end_of_empty_lines(data)
+        end = min(len(data), start + limit)
+        if self.place in (IN_METHOD, IN_TARGET):
+            at = max(start, self.at)
+            line_end = data.find(b"\r\n", at, end)
+            if line_end < 0:
+                self._match(data, at, end, "malformed request line")
+                require(
+                    len(data) == end,
+                    414,
+                    "the request line is longer than max_header_size, %d bytes" % limit,
+                )
+                return
+            match_request_line(data[start:line_end])
+            self.place = AT_LINE
+            self.at = line_end + 2
+        self._match(data, self.at, end, "malformed header field")
+        if len(data) > end:
+            line_end = data.find(b"\r\n", start)
+            check_target(data[start:line_end])  # another version is the graver fault
+            raise HTTPError(
+                431, "the header section is longer than max_header_size, %d bytes" % limit
+            )
+
+    def check_trailers(self, data: Buffer, limit: int) -> None:
+        """The same for a trailer section."""
+        self._match(data, self.at, min(len(data), limit), "malformed trailer field")
+        require(len(data) <= limit, 431, "the trailer section is too long")
+
+    def _match(self, data: Buffer, start: int, end: int, reason: str) -> None:
+        _, ends = BEGINNINGS[self.place]
+        match = BEGINNING_PATTERNS[self.place].fullmatch(data, start, end)
+        if match is None:
+            raise HTTPError(400, reason)
+        if self.place >= AT_LINE and data.endswith(b"\r\n", start, end):
+            self.place = AT_LINE
+            self.at = end
+        elif match.lastindex is not None:
+            self.place = ends[match.lastindex - 1]
+            self.at = match.end(match.lastindex)
+
+
+def end_of_empty_lines(data: Buffer) -> int:
+    """Where the request line begins."""
+    match = EMPTY_LINES.match(data)
+    return match.end() if match is not None else 0
+
+
+def check_target(line: Buffer) -> None:
+    """Refuse a request line for its version or the form of its target."""
+    method, text, major, _ = match_request_line(line)
+    if major != "1" or method == "CONNECT" or not text.startswith("/"):
+        parse_target(method, text, major)
+
+
+class SizedContent:
+    """The content of a request that has a Content-Length: hands it to `write`, piece by piece."""
+    __slots__ = ("left", "write", "held")
+
+    def __init__(self, length: int, write: Callable[[bytes], Any]) -> None:
+        self.left = length      # bytes to come
+        self.write = write
+        self.held = 0           # bytes that are kept here: never any
+
+    def feed(self, data: bytes) -> Optional[bytes]:
+        """Take what has been received. Returns what came behind the content; None: more is to
+        come.
+        """
+        piece = data[:self.left]
         if piece:
-            write(piece)
-        length -= len(piece)
-        if not length:
-            return data
-        data = yield 0
+            self.write(piece)
+        self.left -= len(piece)
+        return None if self.left else data[len(piece):]
 
 
-def check_trailers(data: bytes, limit: int) -> None:
-    """Trailers keep to the rules of fields, finished or not; they are dropped, never merged (RFC 9112, 7.1.2)."""
-    require(FIELD_LINES_BEGIN.fullmatch(data[:limit]), 400, "malformed trailer field")
-    require(len(data) <= limit, 431, "the trailer section is too long")
+class ChunkedContent:
+    """The content of a request in chunks (RFC 9112, 7.1): takes the coding off and hands it to
+    `write`.
+
+    413 as soon as it is over `limit` bytes. `overhead`: bytes that the chunk extensions, and the
+    trailer section, may have. Like a connection it has a step that runs next: True to go on, False
+    to wait.
+    """
+
+    __slots__ = (
+        "limit", "overhead", "write", "data", "step", "left", "too_large", "trailers",
+        "whole",
+    )
+
+    def __init__(
+        self, limit: float, overhead: int, write: Callable[[bytes], Any], too_large: str
+    ) -> None:
+        self.limit = limit
+        self.overhead = overhead
+        self.write = write
+        self.too_large = too_large
+        self.data = bytearray()             # received, and not understood yet
+        self.left = 0                       # bytes of this chunk to come
+        self.trailers = Beginning(AT_LINE)
+        self.step = self._read_size
+        self.whole = False
+
+    @property
+    def held(self) -> int:
+        return len(self.data)
+
+    def feed(self, data: bytes) -> Optional[bytes]:
+        """As that of SizedContent."""
+        self.data += data
+        while self.step():
+            pass
+        return bytes(self.data) if self.whole else None
+
+    def _read_size(self) -> bool:
+        end = self.data.find(b"\r\n")
+        if end < 0:
+            require(CHUNK_LINE_BEGIN.fullmatch(self.data), 400, "malformed chunk size or extension")
+            require(len(self.data) <= self.overhead + 17, 400, "the chunk extensions are too long")
+            return False
+        match = CHUNK_LINE.match(self.data)
+        if match is None:
+            raise HTTPError(400, "malformed chunk size or extension")
+        self.left = int(match[1], 16)
+        self.overhead -= len(match[2])
+        require(self.overhead >= 0, 400, "the chunk extensions are too long")
+        self.limit -= self.left
+        require(self.limit >= 0, 413, self.too_large)
+        del self.data[:end + 2]
+        self.step = self._read_data
+        if self.left == 0:
+            self.step = self._read_trailers
+        return True
+
+    def _read_data(self) -> bool:
+        piece = bytes(self.data[:self.left])
+        if piece:
+            self.write(piece)
+            self.left -= len(piece)
+            del self.data[:len(piece)]
+        if self.left:
+            return False
+        self.step = self._read_end_of_data
+        return True
+
+    def _read_end_of_data(self) -> bool:
+        require(b"\r\n".startswith(self.data[:2]), 400, "a chunk is not as long as it says")
+        if len(self.data) < 2:
+            return False
+        del self.data[:2]
+        self.step = self._read_size
+        return True
+
+    def _read_trailers(self) -> bool:
+        """They keep to the rules of fields, and are dropped, never merged (RFC 9112, 7.1.2)."""
+        end = 0
+        if not self.data.startswith(b"\r\n"):
+            end = self.data.find(b"\r\n\r\n", max(0, self.trailers.searched - 3)) + 2
+            self.trailers.searched = len(self.data)
+            if end < 2:
+                self.trailers.check_trailers(self.data, self.overhead)
+                return False
+        section = self.data[:end + 2]
+        self.trailers.check_trailers(section, self.overhead)
+        require(
+            section.count(b"\n") - 1 <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS
+        )
+        lines = section.decode("latin-1").split("\r\n")
+        names = {line.partition(":")[0].lower() for line in lines}
+        require(
+            NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section"
+        )
+        del self.data[:end + 2]
+        self.whole = True
+        return False
 
 
-def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list]:
-    """The fields of a query, then those of a body that is a form."""
-    form: dict[str, list] = {}
-    pairs: list[tuple] = parse_qsl(query, keep_blank_values=True)
-    kind = media_type(content_type)
-    if kind == FORM_TYPES[0]:
-        pairs += parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-    for name, value in pairs + (parse_multipart(content_type, body) if kind == FORM_TYPES[1] else []):
-        form.setdefault(name, []).append(value)
-    return form
+Content = Union[SizedContent, ChunkedContent]
 
 
-def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, Any]]:
-    """The parts of a multipart/form-data body (RFC 7578): a str, or a FormFile where there is a filename."""
-    boundary = parse_parameters(content_type).get("boundary", "").encode("latin-1")
-    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
-    ended = parts and re.match(rb"--[ \t]*(\r\n|\Z)", parts.pop())
-    require(0 < len(boundary) <= 70 and ended, 400, "the form does not end with its boundary")
-    pairs: list[tuple[str, Any]] = []
-    for part in parts:
-        head, _, content = part.partition(b"\r\n\r\n")
-        lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
-        fields = {name.lower(): value for name, _, value in lines}
-        about = parse_parameters(fields.get("content-disposition", ""))
-        require("name" in about, 400, "a part of the form has no name")
-        value = content.decode("utf-8", "replace") if "filename" not in about else FormFile(
-            about["filename"], media_type(fields.get("content-type", "text/plain")), content)
-        pairs.append((about["name"], value))
-    return pairs
+def content_decoder(
+    length: int, limit: float, overhead: int, write: Callable[[bytes], Any]
+) -> Content:
+    """What takes the framing off the content of one request (RFC 9112, 6); 413 if it is larger than
+    `limit` bytes.
+    """
+    too_large = (
+        "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size"
+        % limit
+    )
+    if length == CHUNKED:
+        return ChunkedContent(limit, overhead, write, too_large)
+    require(length <= limit, 413, too_large)
+    return SizedContent(length, write)
 
 
-def parse_parameters(text: str) -> dict[str, str]:
-    """The parameters behind a media type or disposition: `; name=value` (RFC 9110, 5.6.6)."""
-    found: dict[str, str] = {}
-    at = text.find(";")
-    while match := PARAMETER.match(text, at) if at >= 0 else None:
-        found.setdefault(match[1].lower(), unquoted(match[2]))
-        at = match.end()
-    require(at < 0 or not text[at:].strip(" \t;"), 400, "malformed parameter of a field")
-    return found
+# -------------------------------------------------------------------------------------------- Heads
+# What clients send, they send again: scrapes, health checks, browsers. What the parser has accepted
+# is remembered by its bytes.
+
+def weight(value: Any) -> int:
+    """The bytes that something parsed takes, about."""
+    size = sys.getsizeof(value, 100)        # PyPy does not know
+    if isinstance(value, tuple):
+        return size + sum(map(weight, value))
+    if isinstance(value, MappingProxyType):
+        return size + sum(map(weight, value.items()))
+    return size
 
 
-def media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip(" \t").lower()
+class Memo:
+    """Values by bytes, in two generations, of at most `size` bytes together. What is not there is
+    None.
 
+    What comes for the second time is remembered. A full young generation becomes the old one, and
+    what is asked for again comes back from there: heads that never come again leave only a hash,
+    and cannot push out those that do.
+    """
 
-class Memo(dict):
-    """What has been parsed, by its bytes, in two generations: this dict is the young one, `old` the one before. What
-    comes for the second time is remembered. A full young generation becomes the old one, and what is asked for again
-    comes back from there: heads that never come again leave only a hash, and cannot push out those that do."""
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
+        self.size = size // 2                   # of a generation
+        self.room = self.size                   # bytes left in the young one
+        self.young: dict[bytes, Any] = {}
         self.old: dict[bytes, Any] = {}
-        self.size = self.room = size // 2       # bytes of a generation, and those left
         self.once: set[int] = set()             # hashes of what has come once
 
-    def __missing__(self, raw: bytes):
-        value = self.old.get(raw)
-        if value is not None:
-            self.remember(raw, value)
+    def recall(self, raw: bytes) -> Any:
+        value = self.young.get(raw)
+        if value is None and raw in self.old:
+            value = self.old[raw]
+            self._store(raw, value)
         return value
 
-    def keep(self, raw: bytes, value: Any) -> None:
-        """Remember what has been found good, if it is not for the first time."""
+    def remember(self, raw: bytes, value: Any) -> None:
+        """Keep what has been found good, if it is not for the first time."""
         key = hash(raw)
         if key in self.once:
-            self.remember(raw, value)
+            self._store(raw, value)
         elif len(self.once) > 1023:
             self.once.clear()
         self.once.add(key)
 
-    def remember(self, raw: bytes, value: Any) -> None:
+    def _store(self, raw: bytes, value: Any) -> None:
         cost = weight(raw) + weight(value) + 100
         if cost > self.room:
-            self.old = self.copy()
-            self.clear()
+            self.old = self.young.copy()
+            # the same dict: its look-up is bound on the hot path
+            self.young.clear()
             self.room = self.size
         if cost <= self.room:
             self.room -= cost
-            self[raw] = value
+            self.young[raw] = value
 
 
-class FieldLines(dict):
-    """Field lines that have been parsed, line -> (name, value): most of what a client sends, it has sent before."""
-    def __init__(self, size: int):
-        self.size = self.room = size            # bytes, and those left
+class FieldLines(Dict[bytes, Tuple[str, str]]):
+    """Field lines that have been parsed, line -> (name, value), asked for by [] alone, which parses
+    what is missing.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.room = size                        # bytes left
 
     def __missing__(self, line: bytes) -> tuple[str, str]:
-        if FIELD_LINE.fullmatch(line) is None:
-            raise HTTPError(400, "malformed header field")
-        name, _, value = line.decode("latin-1").partition(":")
-        pair = name.lower(), value.strip(" \t")
+        pair = parse_field_line(line)
         cost = 3 * len(line) + 300
         if cost < self.size // 8:               # a long one would push out too many
             if cost > self.room:
@@ -898,579 +1730,1227 @@ class FieldLines(dict):
         return pair
 
 
-def weight(value: Any) -> int:
-    """The bytes that something parsed takes, about."""
-    parts = value if isinstance(value, tuple) else value.items() if isinstance(value, MappingProxyType) else ()
-    return sys.getsizeof(value) + sum(map(weight, parts))
-
-
-# ---------------------------------------------------------------------------------------------------------- Connection
-def content_pieces(request: Request, page: Page, head: bytes, length: int, room: int) -> Generator[Any, int, None]:
-    """A response whose content flush_data_cb makes in the page. send() it the `room` for the next piece; it yields what
-    is to be sent, or None when there is nothing yet."""
-    view, flush, pos, left = page._view, request._root.flush, 0, math.inf if length < 0 else length
-    while True:
-        with view[HEADROOM:HEADROOM + room] as buf:         # who keeps it cannot touch what others get
-            count = flush(request, pos, buf)
-        if count == END:
-            break
-        if not isinstance(count, int) or not 0 <= count <= min(room, left):
-            raise ValueError("flush_data_cb returned %r where it could give %.0f bytes" % (count, min(room, left)))
-        if not count and head:
-            yield head
-        if not count:
-            head, room = b"", (yield None)
-            continue
-        end = HEADROOM + count
-        if length == CHUNKED:
-            head += b"%x\r\n" % count
-            view[end:end + TAILROOM] = b"\r\n"
-            end += TAILROOM
-        start = HEADROOM - len(head)
-        pos, left = pos + count, left - count
-        if start < 0:
-            room = yield head + view[HEADROOM:end]
-        else:
-            view[start:HEADROOM] = head
-            room = yield view[start:end]
-        head = b""
-    if 0 < left < math.inf:
-        raise ValueError("flush_data_cb ended %d bytes before the Content-Length" % left)
-    if head or length == CHUNKED:
-        yield head + b"0\r\n\r\n" * (length == CHUNKED)
-
-
-RECEIVE_SIZE = 16384        # bytes of one recv(): the pipelined requests that one turn takes; as much as a TLS record,
-                            # so that nothing stays inside TLS, where epoll does not see it
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-LINGER_PAUSE, LINGER_TIME = 5, 30       # seconds without a byte, and in all, that a refused client is read on
-HANGUP, RESET = 4, 8        # what a suspended request waits for: see Connection.suspended
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-TLS_HANDSHAKE = b"\x16"     # its first byte (RFC 8446, 5.1)
-TLS_WANTS = {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}      # what to wait for, whatever the state
-raw_recv = socket.SocketType.recv       # the bytes below TLS
-
-
-class TLSSocket(socket.SocketType):
-    """A socket that can begin TLS, by what ssl.SSLSocket has inside: making that takes 2.7 us more a connection."""
-    __slots__ = ("recv", "send", "tls", "__weakref__")
-
-    def begin_tls(self, context: Any) -> None:
-        self.tls = context._wrap_socket(self, True)         # private, and the same in Python 3.9 to 3.13
-        self.recv, self.send = self.tls.read, self.tls.write        # which takes a record of 16 KiB at a time
-
-
-class Connection:
-    """One socket and what is under way on it. `state` is the function that runs next: True to go on, False to wait.
-
-        with TLS: greet > shake_hands ──> idle
-        idle ──> serve ──────> flush ──> idle
-                 │ ^ ^ pipelined  ├────> serve            more has been received
-                 v │ └────────────┤
-        receive_head              ├────> shut > linger    what came was refused
-        receive_content           ├────> close
-                                  ├────> stream           flush_data_cb has more
-        serve, stream ────────────└────> suspended ──> serve or stream    request.resume() was called
-
-    A state may be run again from its start: nothing is changed before the recv() or send() that may block.
+class Heads:
+    """Heads that have been parsed, by their bytes; where only the request line is new, the header
+    section below it; and where a field is new, the other lines.
     """
-    __slots__ = ("server", "sock", "peer", "state", "then", "interest", "deadline", "received", "checked",
-                 "request", "content", "kept", "pieces", "closing", "out", "held", "lingers_until")
 
-    def __init__(self, server: Server, sock: socket.socket, peer: Any):
-        self.server, self.sock, self.peer = server, sock, peer
-        self.state = Connection.greet if server.tls else Connection.idle
-        self.then = Connection.idle         # the state after flush; means nothing in another
-        self.interest = 0                   # what the selector watches: READ, WRITE, or 0 before the first wait
-        self.deadline = server.now + server.conn_timeout
-        self.received, self.checked = b"", 0        # the next requests, or the beginning of one, checked so far
-        self.request = self.content = self.pieces = None    # under way; decode_content() and content_pieces() of it
-        self.kept = 0                       # bytes that decode_content() holds
-        self.closing = False                # the connection ends with its response
-        self.out = b""                      # what is to be sent; a view of the page only until `turn` returns
-        self.held = 0                       # bytes counted against memory_budget
-        self.lingers_until = math.inf       # then reading on after a refusal ends
+    def __init__(self, size: int, scheme: str) -> None:
+        self.scheme = scheme                        # that the server speaks
+        self.whole = Memo(size // 2)
+        self.sections = Memo(size // 4)
+        self.lines = FieldLines(size // 4)
+        # On the hot path look-ups, not calls. What is in an old generation only, `read` brings
+        # back.
+        self.recall = self.whole.young.get
+        self.recall_section = self.sections.young.get
 
-    def turn(self) -> None:
-        """Run states until one waits: the one place that knows "would block", and where refusals are answered."""
-        wanted = None
-        while True:
-            try:
-                while self.state(self):
-                    pass
-            except self.server.would_block as block:
-                wanted = TLS_WANTS.get(type(block).__name__)
-                self.keep_output()
-            except HTTPError as refusal:
-                self.refuse(refusal)
-                continue
-            except OSError as error:
-                log.debug("%s: the connection is lost: %s", self.peer, error)
-                if self.state is Connection.shake_hands:    # a reset would overtake the alert that says why
-                    self.state = Connection.shut
-                    continue
-                self.close(cut=True)
-            except BaseException as fault:
-                self.close(cut=True)
-                if not isinstance(fault, Exception):        # SystemExit or KeyboardInterrupt
-                    raise
-                log.exception("%s: a fault of the server itself", self.peer)
-            break
-        if self.interest != READ or self.state is not Connection.idle:
-            self.wait_for(wanted)
+    def read(self, raw: bytes, line: bytes, section: bytes, fields: Optional[Fields]) -> Head:
+        """The head that `raw` is, all of it; its two parts; and the second one's fields, if known.
 
-    def wait_for(self, wanted: Optional[int]) -> None:
-        """Have the selector watch for what the state waits for, unless TLS wants something else."""
-        if wanted is None:
-            wanted = WRITE if self.state is Connection.flush or self.state is Connection.stream else READ
-        if self.interest != wanted and (self.interest < HANGUP or self.state is not Connection.suspended):
-            self.server.watch(self, wanted)
-
-    def greet(self) -> bool:
-        """TLS: who does not begin with a handshake gets an answer that he can read."""
-        first = raw_recv(self.sock, 1, socket.MSG_PEEK)
-        if not first:
-            return self.close()
-        if first != TLS_HANDSHAKE:
-            self.sock = socket.SocketType(self.sock.family, 1, 0, self.sock.detach())   # which sends in the clear
-            self.sock.setblocking(False)
-            raise HTTPError(400, "this is the HTTPS port, say https://")
-        self.sock.begin_tls(self.server.tls)
-        self.deadline = self.server.now + self.server.params.request_timeout
-        self.state = Connection.shake_hands
-        return True
-
-    def shake_hands(self) -> bool:
-        """TLS: the handshake, as far as it goes."""
-        self.sock.tls.do_handshake()
-        suite, version, _ = self.sock.tls.cipher()
-        if version == "TLSv1.3" and suite not in self.server.plan.suites13:
-            log.debug("%s: closed: %s is not in tls_ciphers, which OpenSSL cannot be told", self.peer, suite)
-            return self.close(cut=True)
-        self.deadline = self.server.now + self.server.conn_timeout
-        self.state = Connection.idle
-        return True
-
-    def idle(self) -> bool:
-        """Nothing of a request is here yet. If all that comes is a head that has been seen before, it is not parsed."""
-        data = self.sock.recv(RECEIVE_SIZE)
-        head = self.server.heads.get(data)
-        if head is not None:
-            return self.serve(head, None if head.waits else Request(self, head, b""))
-        self.received = data
-        return self.serve() if data else self.close()
-
-    def receive_head(self) -> bool:
-        data = self.receive()
-        self.received += data
-        return self.serve() if data else self.close()
-
-    def receive(self) -> bytes:
-        data = self.sock.recv(RECEIVE_SIZE)
-        if not data and (self.content or self.received.strip(b"\r\n")):
-            raise HTTPError(400, "the connection ended inside a request")
-        return data
-
-    def serve(self, head: Optional[Head] = None, request: Optional[Request] = None) -> bool:
-        """The hot path: answer what has been received, request by request; answers to pipelined ones leave together.
-        `head`: that of the first; `request`: the first, whose content has come."""
-        page = self.server.page
-        while True:
-            if request is None:
-                head = head or self.next_head()
-                if head is None:
-                    return self.wait_in(Connection.receive_head)
-                request = self.begin_content(head) if head.waits else Request(self, head, b"")
-                if request is None:
-                    return self.state is Connection.flush
-            connection = head.connection
-            page._end, page._fields = HEADROOM, ()
-            try:
-                root = roots.get(head.root) or roots.get("")
-                handler = root and root.handlers.get(head.method)
-                if handler is None or pending_inits:
-                    root, handler = find_root(head)
-                request._root = root
-                page._content_type = root.content_type
-                status = handler(request, page)
-                if status != 200 or page._end == HEADROOM:
-                    if status == SUSPEND:
-                        return self.suspend(request)
-                    status = checked_status(status, page)
-                    if page._end == HEADROOM and (root.flush or page.length) and status not in (204, 304):
-                        return self.begin_stream(request, status)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:                  # SystemExit and CancelledError too: a client must not end it
-                status, self.request = self.write_error(error, head), None
-                if status in (400, 503):
-                    connection = CLOSED
-            self.respond(status, connection, head.method != "HEAD")
-            if self.then is not Connection.serve or len(self.out) > RECEIVE_SIZE:
-                return True
-            data, request = self.received, None
-            end = data.find(b"\r\n\r\n") + 4               # a pipelined one that has been seen before takes a short way
-            head = self.server.heads.get(data[:end])
-            if head is not None:
-                self.received = data[end:]
-
-    def next_head(self) -> Optional[Head]:
-        """Take the next head out of what has been received; None: it is not whole."""
-        data, server = self.received, self.server
-        limit = server.params.max_header_size
-        fresh = self.state is Connection.idle and data[-4:] == b"\r\n\r\n" and len(data) <= limit
-        if fresh:       # if this is one head with a header section that has been seen before, its end is known
-            line, _, block = data.partition(b"\r\n")
-            fields = server.sections[block]
-            if fields is not None:
-                head = server.admit(data, line, block, fields)
-                self.received = b""                         # not before: a refusal looks whether it answers HEAD
-                return head
-        start = EMPTY_LINES.match(data).end() if data[0] == 13 else 0
-        end = data.find(b"\r\n\r\n", self.checked - 2 if self.checked else start) + 4
-        if end < 4 or end - start > limit:
-            self.checked = check_begin(data, self.checked, limit)
-            return None
-        raw = data[start:end]
-        head = server.heads.get(raw)
-        if head is None:
-            if not fresh or len(raw) < len(data):
-                line, _, block = raw.partition(b"\r\n")
-                fields = server.sections[block]
-            head = server.admit(raw, line, block, fields)
-        self.received, self.checked = data[end:], 0
+        HTTPError refuses it.
+        """
+        if raw in self.whole.old:
+            remembered: Head = self.whole.recall(raw)
+            return remembered
+        if fields is None:
+            fields = self.sections.recall(section)
+        head = parse_head(line, section, fields, known_methods, self.lines.__getitem__)
+        if head.scheme not in ("", self.scheme):
+            raise HTTPError(421, "%s is not served here" % head.scheme)
+        if head.fields.expect:                      # it is judged every time
+            return head
+        if fields is None and head.scheme == "" and head.version == "HTTP/1.1":
+            self.sections.remember(section, head.fields)
+        else:                       # the fields are known, or are not what the section says
+            self.whole.remember(raw, head)
         return head
 
-    def begin_content(self, head: Head) -> Optional[Request]:
-        """The request with its content, if that is here; None: it is on its way. HTTPError refuses it before it is
-        read; a short one is read in any case, to keep the connection."""
-        server, (_, length, _, expect, form) = self.server, head.fields
-        limit = server.params.post_buf_size if form else server.params.receive_buf_size
-        root = roots.get(head.root) or roots.get("")
-        upload = root and root.upload
-        data = self.received
-        if 0 < length <= len(data) and length <= limit and expect is None and not upload:
-            self.received = data[length:]
-            return Request(self, head, data[:length])
-        self.request = request = Request(self, head, b"")
-        try:
-            request._root, handler = find_root(head)
-            wanted, upload = expect is not None, handler is not answer_options and upload
-        except HTTPError:
-            if length and (expect is not None or not 0 < length <= limit):
-                raise
-            wanted, upload = False, None
-        if wanted and expect != "100-continue":
-            raise HTTPError(417, "no expectation but 100-continue is understood")
-        if not length:
-            self.request = None
-            return request
-        body = request.body = b"" if upload else bytearray()
-        limit, write = (root.upload_limit, request._upload) if upload else (limit, body.extend)
-        self.content = decode_content(length, limit, server.params.max_header_size, write)
-        next(self.content)
-        if wanted and not self.received:                    # RFC 9110, 10.1.1
-            self.out = self.out or bytearray()
-            self.out += CONTINUE
-        return self.take_content(self.received)
 
-    def receive_content(self) -> bool:
-        request = self.take_content(self.receive())
-        return self.state is Connection.flush if request is None else self.serve(request._head, request)
+# --------------------------------------------------------------------------------------- Connection
 
-    def take_content(self, data: bytes) -> Optional[Request]:
-        """The request, if its content is whole with this; None: more is to come. A second more for every 500 bytes."""
-        server, request = self.server, self.request
-        try:
-            self.received = b""
-            self.kept = self.content.send(data)
-            self.wait_in(Connection.receive_content)
-            longest = max(server.conn_timeout, server.params.request_timeout)
-            self.deadline = min(self.deadline + len(data) / 500, server.now + longest)
-            return None
-        except StopIteration as end:
-            self.received = end.value
-        self.request, self.content, self.kept = None, None, 0
-        request.body = bytes(request.body)
-        return request
+# bytes of one recv(), so of the pipelined requests that one turn takes; as much as
+RECEIVE_SIZE = 16384
+                            # a TLS record, so that nothing stays inside TLS, where epoll does not
+                            # see it
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+NOTHING = memoryview(b"")
+LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
+LINGER_TIME = 30.0          # and seconds in all
+SHORT_REASON = 250          # bytes of an error text: the smallest page holds it
+# What a connection waits for: what selectors know, and what only epoll knows.
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HANG_UP = 0x2000            # EPOLLRDHUP: the client has ended its side
+RESET = 0x8                 # EPOLLERR: nothing but the end of the connection
+# json.loads() makes them of "\\ud800": no text that can leave
+SURROGATE = re.compile("[\ud800-\udfff]")
 
-    def wait_in(self, state: Callable[[Connection], bool]) -> bool:
-        """Wait for more of a request, but first send the answers to those before it."""
-        self.count()
-        if self.out:
-            self.state, self.then = Connection.flush, state
-            return True
-        if self.state is not Connection.receive_head and self.state is not state:
-            self.deadline = self.server.now + self.server.params.request_timeout
-        self.state = state
-        return False
+raw_recv = socket.SocketType.recv               # the bytes below TLS
 
-    def respond(self, status: int, connection: str, with_content: bool) -> None:
-        """Put the head before the content. The answers to pipelined requests are gathered."""
-        server, page = self.server, self.server.page
-        end = page._end
-        if server.stopping:
-            connection = CLOSED
-        key = (status, page._content_type, end - HEADROOM, connection)
-        head = server.response_heads.get(key) or server.response_head(*key)
-        if page._fields:
-            head = page.with_fields(head)
-        if not with_content:
-            end = HEADROOM
-        start = HEADROOM - len(head)
-        if self.received or self.out or start < 0:
-            self.out = out = self.out or bytearray()        # it is one: what the socket did not take is gone before
-            out += head
-            out += page._view[HEADROOM:end]
-        else:
-            page._view[start:HEADROOM] = head
-            self.out = page._view[start:end]
-        server.requests += 1
-        self.then = Connection.serve if self.received else Connection.idle
-        if connection is CLOSED:                            # RFC 9112, 9.6: what follows is not processed
-            more = self.received or self.state is Connection.suspended or len(self.out) > RECEIVE_SIZE
-            self.then, self.received = Connection.shut if more else Connection.close, b""
-        self.state = Connection.flush
 
-    def begin_stream(self, request: Request, status: int) -> bool:
-        """The content comes from flush_data_cb. Its first piece leaves with the head."""
-        server, page, head, length = self.server, self.server.page, request._head, self.server.page.length
-        if length is None:
-            length = CHUNKED if head.version == "HTTP/1.1" else UNTIL_CLOSE
-        self.closing = server.stopping or head.connection is CLOSED or length == UNTIL_CLOSE
-        raw = server.response_head(status, page._content_type, length, CLOSED if self.closing else head.connection)
-        raw = page.with_fields(raw)
-        if head.method == "HEAD":
-            pieces = (piece for piece in [raw])
-        elif request._root.flush is None:
-            raise ValueError("the handler has set Content-Length %d and written nothing" % length)
-        else:
-            pieces = content_pieces(request, page, raw, length, server.room())
-        self.request = request
-        self.count()
-        first = next(pieces)                                # an exception is still answered, nothing has been sent
-        self.out = self.out + first if self.out else first
-        self.pieces = pieces
-        self.state, self.then = Connection.flush, Connection.stream
-        server.requests += 1
-        return True
+class Transport(NamedTuple):
+    """What differs between HTTP and HTTPS. Replaced whole when certificates are loaded anew."""
+    scheme: str
+    first_state: Callable[[Connection], bool]
+    would_block: tuple[type[Exception], ...]    # what a socket raises that has to be waited for,
+    # and what to wait for then, whatever the state waits for
+    wants: Mapping[type[Exception], int]
+    context: Any = None                         # ssl.SSLContext
+    plan: Any = None                            # TLSPlan
 
-    def stream(self) -> bool:
-        """The socket has taken the last piece of the content: the next is due."""
-        try:
-            piece = self.pieces.send(self.server.room())
-        except StopIteration:
-            self.request = self.pieces = None
-            self.count()
-            if self.closing or self.server.stopping:
-                self.received, self.state = b"", Connection.shut
-                return True
-            self.deadline = self.server.now + self.server.conn_timeout
-            self.state = Connection.serve if self.received else Connection.idle
-            return self.state is Connection.serve
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            blame(error, self.request._head)
-            self.close(cut=True)
-            return False
-        if piece is None:
-            return self.suspend(self.request)
-        self.out, self.state, self.then = piece, Connection.flush, Connection.stream
-        return True
 
-    def suspend(self, request: Request) -> bool:
-        """Wait for request.resume(), as long as that takes; the answers to requests before it leave first."""
-        self.request = request
-        self.count()
-        if self.out:
-            self.state, self.then = Connection.flush, Connection.suspended
-            return True
-        self.state, self.deadline = Connection.suspended, math.inf
-        if request._resumed:                                # it was too early for the loop to find it suspended
-            self.server._resume(request)
-        return False
+class Responses:
+    """What a server sends with: the page, and the heads of this second."""
 
-    def suspended(self) -> bool:
-        """A callback waits for resume(). An event of the socket means that more has come, which waits; or the end. A
-        client that has gone looks like one that has only finished sending (RFC 9112, 9.6) and is to be answered. As
-        long as nothing is sent, a 100 (Continue) tells, since the system of one that has gone objects."""
-        request, interest = self.request, self.interest
-        if request._resumed:
-            request._resumed = False
-            if self.pieces:
-                self.state = Connection.stream
-                return True
-            self.request = None
-            return self.serve(request._head, request)
-        if interest == READ and raw_recv(self.sock, 1, socket.MSG_PEEK):
-            self.server.watch(self, HANGUP)
-        elif interest == RESET:
-            self.close(cut=True)
-        elif self.pieces or request._head.version == "HTTP/1.0":        # which nothing can be asked
-            self.deadline = self.server.now + self.server.conn_timeout
-            self.server.watch(self, RESET)
-        else:
-            self.out, self.state, self.then = CONTINUE, Connection.flush, Connection.suspended
-            self.server.watch(self, RESET)
-        return self.state is Connection.flush
+    def __init__(self, size: int) -> None:
+        self.page = Page(size)
+        self.date = ""
+        self.heads: dict[tuple[int, str, int, str], bytes] = {}
 
-    def write_error(self, error: Exception, head: Optional[Head]) -> int:
-        """Put a line of text on the page for what a handler, or the way to it, has raised; returns the status."""
-        page, error = self.server.page, blame(error, head)
+    def write_error(self, refusal: HTTPError) -> None:
+        """Put a line of text on the page that says what is wrong."""
+        page = self.page
         page.clear()
         page.content_type = "text/plain; charset=utf-8"
-        for name, value in error.headers.items():
+        for name, value in refusal.headers.items():
             page.set_header(name, value)
-        line = SURROGATE.sub("\ufffd", "%d %s" % (error.status, error.reason))
-        page.write(line.encode()[:255] + b"\n")             # the smallest buf_size holds it
-        return error.status
+        line = SURROGATE.sub("\ufffd", "%d %s" % (refusal.status, refusal.reason))
+        page.write(line.encode()[:SHORT_REASON] + b"\n")
 
-    def refuse(self, refusal: HTTPError) -> None:
-        """Answer what is no request, or one whose content is not read, and close; answers before it leave first."""
-        log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
-        to_head = self.request.method == "HEAD" if self.request else re.match(rb"(?:\r\n){0,4}HEAD ", self.received)
-        self.received, self.request, self.content, self.kept = b"", None, None, 0
-        self.respond(self.write_error(refusal, None), CLOSED, not to_head)
-        self.then = Connection.shut
+    def begin_second(self) -> None:
+        self.date = formatdate(usegmt=True)
+        self.heads.clear()
 
-    def flush(self) -> bool:
-        """Send. Nothing is read or executed before all of it is gone."""
-        server, out = self.server, self.out
-        sent = self.sock.send(out)
-        if sent < len(out):
-            self.out = memoryview(out)[sent:]
-            return True
-        self.out = b""
-        if self.held:
-            self.count()
-        self.state = then = self.then
-        if then is Connection.idle or then is Connection.stream:
-            self.deadline = server.now + server.conn_timeout
-            return False                                    # a stream goes on when others have had their turn
-        if then is Connection.suspended:
-            return self.suspend(self.request)
-        self.deadline = server.now + server.params.request_timeout
-        return then is not Connection.receive_head and then is not Connection.receive_content
-
-    def keep_output(self) -> None:
-        """The socket takes no more: copy what is left out of the page, and count it."""
-        try:
-            if self.state is Connection.flush:
-                if type(getattr(self.out, "obj", None)) is not bytes:
-                    self.out = memoryview(bytes(self.out))
-                self.deadline = self.server.now + self.server.conn_timeout
-                self.count()
-        except HTTPError:
-            log.warning("%s: closed: memory_budget is used up, by responses that clients do not read", self.peer)
-            self.close(cut=True)
-
-    def count(self) -> None:
-        """Count what this connection keeps between its turns; 503 if memory_budget has no room for it."""
-        server, size = self.server, len(self.received) + self.kept + len(getattr(self.out, "obj", self.out))
-        size += len(self.request.body) if self.request else 0
-        more = size - self.held
-        if more > 0 and server.held + more > server.params.held_size:
-            raise HTTPError(503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
-        server.held += more
-        self.held = size
-
-    def say_goodbye(self) -> None:
-        """TLS: send close_notify; an end without it might be an attacker's (RFC 8446, 6.1)."""
-        tls = getattr(self.sock, "tls", None)
-        try:
-            tls and tls.shutdown()
-        except (OSError, ValueError) as error:              # mostly SSLWantReadError; or the connection is lost
-            if self.state is Connection.shut and TLS_WANTS.get(type(error).__name__) == WRITE:
-                raise                                       # the socket is full: run `shut` again
-
-    def shut(self) -> bool:
-        """All is sent: say so, and wait until the client has read it."""
-        self.say_goodbye()
-        self.sock.shutdown(socket.SHUT_WR)
-        self.lingers_until = self.server.now + LINGER_TIME
-        self.deadline = self.server.now + LINGER_PAUSE
-        self.state = Connection.linger
-        return True
-
-    def linger(self) -> bool:
-        """Read on and discard, for some time: a reset would overtake the answer (RFC 9112, 9.6)."""
-        if not raw_recv(self.sock, RECEIVE_SIZE):
-            self.close()
-        self.deadline = min(self.server.now + LINGER_PAUSE, self.lingers_until)
-        return False
-
-    def close(self, cut: bool = False) -> bool:
-        """Give everything back at once. `cut`: in TLS, do not say that this is the end of what there is to send."""
-        if self.state is not Connection.closed:
-            if not cut:
-                self.say_goodbye()
-            if self.pieces and self.request._head.version == "HTTP/1.0":    # to which an orderly end is the whole
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")      # on, 0 s: a reset
-            self.received, self.out, self.content, self.kept = b"", b"", None, 0
-            self.request = self.pieces = None
-            self.count()
-            self.server.forget(self)
-            self.sock.close()
-            self.state = Connection.closed
-        return False
-
-    def closed(self) -> bool:
-        """The socket is gone; an event of the same poll may still come."""
-        return False
-
-    def expire(self) -> None:
-        """The deadline has passed: an idle connection is closed silently, an unfinished request is answered."""
-        begun = self.state is Connection.receive_head and self.received.strip(b"\r\n")
-        if begun or self.state is Connection.receive_content:
-            self.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
-        unsent, streaming = len(self.out), self.state is Connection.stream
-        if streaming or self.state is Connection.flush:     # epoll is silent until a third of the buffer is free: try
-            self.turn()
-        if self.deadline <= self.server.now or len(self.out) == unsent and not streaming:
-            log.debug("%s: closed after a time-out", self.peer)
-            self.close(cut=bool(unsent))
+    def head(self, status: int, content_type: str, size: int, connection_line: str) -> bytes:
+        """Status line and fields; the same for the rest of this second. `size`: bytes, or CHUNKED,
+        or UNTIL_CLOSE.
+        """
+        lines = [
+            "HTTP/1.1 %d %s\r\nDate: %s\r\n" % (status, REASONS.get(status, ""), self.date),
+            connection_line,
+        ]
+        if status not in (204, 304):
+            if content_type:
+                lines.append("Content-Type: %s\r\n" % content_type)
+            if size == CHUNKED:
+                lines.append("Transfer-Encoding: chunked\r\n")
+            elif size != UNTIL_CLOSE:
+                lines.append("Content-Length: %d\r\n" % size)
+        lines.append("\r\n")
+        head = "".join(lines).encode("latin-1")
+        if len(self.heads) > 255:
+            self.heads.clear()
+        self.heads[status, content_type, size, connection_line] = head
+        return head
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")               # such as json.loads() makes of "\\ud800": no text that can leave
+class Refusal:
+    """The handler of a request that nobody answers: `route` gives it where there is no other."""
+
+    def __init__(self, error: HTTPError) -> None:
+        self.error = error
+
+    def __call__(self, request: Request, page: Page) -> int:
+        raise self.error
 
 
-def blame(error: BaseException, head: Optional[Head]) -> HTTPError:
-    """What answers an exception of a callback: if it is no HTTPError that can be sent, the log has the traceback."""
+NO_ROOT = Root("", "httpd", {}, "")
+
+
+def route(head: Head, connection: Connection) -> tuple[Root, AccessHandler]:
+    """Who answers a request, and who may: the root, and its handler or a Refusal. Once for every
+    request.
+    """
+    if pending_inits:
+        initialize_late()
+    root = roots.get(head.root) or roots.get("")
+    if root is None:
+        # OPTIONS, the parser has seen to that: the server as a whole
+        if head.path == "*":
+            return Root(
+                "*", "httpd", dict.fromkeys(sorted(known_methods - {"TRACE"}), answer_options), ""
+            ), answer_options
+        return NO_ROOT, Refusal(HTTPError(404, "nothing is registered for this path"))
+    handler = root.handlers.get(head.method)
+    if handler is None:
+        return root, Refusal(
+            HTTPError(405, "this method is not allowed here", {"Allow": ", ".join(root.handlers)})
+        )
+    return root, handler
+
+
+def blame(error: BaseException, head: Head) -> HTTPError:
+    """What answers an exception of a callback: if it is no HTTPError that can be sent, the log has
+    the traceback.
+    """
     if isinstance(error, HTTPError):
         try:
-            sound = HTTPError(error.status, str(error.reason), dict(error.headers))     # they may have been changed
+            # it may have been changed
+            sound = HTTPError(error.status, str(error.reason), dict(error.headers))
             if 400 <= sound.status <= 599:
                 return sound
         except (TypeError, ValueError) as wrong:
             error = wrong
-    log.error("%s %r: a callback of root path %r failed", head.method, head.target, head.root, exc_info=error)
+    log.error(
+        "%s %r: a callback of root path %r failed",
+        head.method,
+        head.target,
+        head.root,
+        exc_info=error,
+    )
     return HTTPError(500, "the handler failed, the log of the server says why")
 
 
-def checked_status(status: Any, page: Page) -> int:
-    """What a handler has returned; where there may be no content, none is sent (RFC 9110, 15.3.5 and 15.4.5)."""
-    if not isinstance(status, int) or not 200 <= status <= 599:
+def checked_status(status: Any) -> int:
+    """What a handler has returned. TypeError, if that is no status."""
+    if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599:
         raise TypeError("the handler returned %r, not a status of 200 to 599" % (status,))
-    if status in (204, 304):
-        page._end = HEADROOM
     return int(status)
 
 
-# -------------------------------------------------------------------------------------------------------------- Server
-ACCEPT_BATCH, EXPIRE_BATCH = 64, 100    # connections taken in, or closed as late, before others get their turn
-SPARE_DESCRIPTORS, DEFER = 32, 1        # for the rest of the program; seconds that the kernel waits for a request
-servers: set[Server] = set()    # those that listen
+class Response(NamedTuple):
+    """What observers are told of a response."""
+    request: Optional[Request]      # None: what came was no request
+    status: int
+    size: int                       # bytes of content
+    begun: float                    # seconds, on the clock of time.monotonic()
+
+
+# Called once for each response, when its end is known: request or None, status, bytes of content,
+# seconds since the head was there, and whether all of it has left. In the server's thread; it has
+# to be quick.
+Observer = Callable[[Optional[Request], int, int, float, bool], Any]
+observers: list[Observer] = []
+
+
+def tell_observers(response: Response, whole: bool) -> None:
+    seconds = time.monotonic() - response.begun
+    for observer in observers:
+        try:
+            observer(response.request, response.status, response.size, seconds, whole)
+        except Exception:
+            log.exception("an observer failed")
+
+
+class Exchange:
+    """A request that outlives its turn: its content is on its way, it is suspended, or its response
+    is a stream.
+    """
+    __slots__ = ("request", "begun", "decoder", "content", "stream", "status", "last")
+
+    def __init__(self, request: Request, begun: float) -> None:
+        self.request = request
+        self.begun = begun                          # when its head was there
+        self.decoder: Optional[Content] = None      # until the content is whole
+        # what has come of it, unless upload_data_cb takes it
+        self.content = bytearray()
+        self.stream: Optional[Stream] = None        # the response, once that has begun,
+        self.status = 0                             # its status
+        self.last = False                           # the connection ends with it
+
+    def size(self) -> int:
+        """The bytes that it keeps in memory."""
+        size = len(self.request.body) + len(self.content)
+        if self.decoder is not None:
+            size += self.decoder.held
+        return size
+
+    def upload(self, data: bytes) -> None:
+        """Hand a piece of the content to upload_data_cb. What that raises refuses the rest."""
+        root = self.request._root
+        try:
+            if root.upload is not None:
+                root.upload(self.request, data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise blame(error, self.request._head) from None
+
+
+class Stream:
+    """A response whose content flush_data_cb makes in the page, piece by piece; the first piece has
+    the head before it.
+    """
+    __slots__ = ("request", "head", "chunked", "left", "sent", "waits", "ended")
+
+    def __init__(self, request: Request, head: bytes, length: int) -> None:
+        self.request = request
+        self.head = head
+        self.chunked = length == CHUNKED
+        self.left = length if length >= 0 else math.inf     # bytes of content to come
+        self.sent = 0                                       # bytes of content so far
+        # there was nothing but the head: the next piece waits for resume()
+        self.waits = False
+        self.ended = False
+
+    def next_piece(self, page: Page, room: int) -> memoryview:
+        """What is to be sent next, of at most `room` bytes of content. Nothing: not yet, or it has
+        ended.
+        """
+        flush = self.request._root.flush
+        if self.ended or self.waits or flush is None:
+            self.waits = False
+            return NOTHING
+        # who keeps it cannot touch what others get
+        with page.view[HEADROOM:HEADROOM + room] as buf:
+            count = flush(self.request, self.sent, buf)
+        if count == END:
+            return self._finish()
+        most = min(room, self.left)
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
+            raise ValueError(
+                "flush_data_cb returned %r where it could give %.0f bytes" % (count, most)
+            )
+        head, self.head = self.head, b""
+        if count == 0:
+            self.waits = bool(head)
+            return memoryview(head)
+        self.sent += count
+        self.left -= count
+        return self._frame(page, head, count)
+
+    def _frame(self, page: Page, head: bytes, count: int) -> memoryview:
+        """Put what comes before and behind `count` bytes of content there, in the page."""
+        view, end = page.view, HEADROOM + count
+        if self.chunked:
+            head += b"%x\r\n" % count
+            view[end:end + TAILROOM] = b"\r\n"
+            end += TAILROOM
+        start = HEADROOM - len(head)
+        if start < 0:                                       # a long head
+            return memoryview(head + view[HEADROOM:end])
+        view[start:HEADROOM] = head
+        return view[start:end]
+
+    def _finish(self) -> memoryview:
+        if 0 < self.left < math.inf:
+            raise ValueError("flush_data_cb ended %d bytes before the Content-Length" % self.left)
+        self.ended = True
+        last = self.head
+        if self.chunked:
+            last += b"0\r\n\r\n"
+        return memoryview(last)
+
+
+def say_goodbye(connection: Connection, patient: bool = False) -> None:
+    """TLS: send close_notify; an end without it might be an attacker's (RFC 8446, 6.1).
+
+    `patient`: raise what says that the socket is full.
+    """
+    unwrap = getattr(connection.sock, "unwrap", None)
+    if unwrap is None:
+        return
+    try:
+        unwrap()
+    # mostly SSLWantReadError; or the connection is lost
+    except (OSError, ValueError) as error:
+        if patient and connection.server.transport.wants.get(type(error)) == WRITE:
+            raise
+
+
+def report_stream(connection: Connection, exchange: Exchange, whole: bool) -> None:
+    if observers and exchange.stream is not None:
+        tell_observers(
+            Response(exchange.request, exchange.status, exchange.stream.sent, exchange.begun),
+            whole,
+        )
+
+
+def begin_stream(connection: Connection, request: Request, status: int) -> memoryview:
+    """The content comes from flush_data_cb. Its first piece leaves with the head."""
+    server = connection.server
+    page, head = server.responses.page, request._head
+    length = page.length()
+    if length is None:
+        length = CHUNKED if head.version == "HTTP/1.1" else UNTIL_CLOSE
+    exchange = connection.exchange or Exchange(request, server.now)
+    exchange.last = server.stopping or head.connection_line is CLOSE or length == UNTIL_CLOSE
+    connection_line = CLOSE if exchange.last else head.connection_line
+    raw = page.with_fields(
+        server.responses.head(status, page._content_type, length, connection_line)
+    )
+    if head.method != "HEAD" and request._root.flush is None:
+        raise ValueError("the handler has set Content-Length %d and written nothing" % length)
+    exchange.stream = Stream(request, raw, length)
+    exchange.status = status
+    connection.exchange = exchange
+    connection.count()
+    if head.method == "HEAD":
+        exchange.stream.ended = True
+        first = memoryview(raw)
+    else:
+        # an exception is still answered
+        first = exchange.stream.next_piece(page, server.room())
+    server.requests += 1
+    connection.enter(stream)
+    return first
+
+
+def check_expectation(connection: Connection, request: Request, limit: float) -> None:
+    """Whether the content is going to be read. HTTPError: the final answer comes now (RFC 9110,
+    10.1.1).
+    """
+    fields, handler = request._head.fields, request._handler
+    if isinstance(handler, Refusal):
+        short = fields.length == 0 or not fields.expect and 0 < fields.length <= limit
+        if not short:
+            raise handler.error
+    elif fields.expect not in ("", CONTINUE_EXPECTED):
+        raise HTTPError(417, "no expectation but 100-continue is understood")
+
+
+def begin_content(connection: Connection, head: Head) -> Optional[Request]:
+    """The request with its content, if that is here; None: it is on its way. HTTPError refuses
+    it unread.
+
+    What is refused but short is read all the same, and answered then, to keep the connection.
+    """
+    params, fields = connection.server.params, head.fields
+    length = fields.length
+    root, handler = route(head, connection)
+    request = Request(connection, head, root, handler, b"")
+    limit: float = params.post_buf_size if fields.form else params.receive_buf_size
+    upload = (
+        root.upload is not None
+        and handler is not answer_options
+        and type(handler) is not Refusal
+    )
+    if (
+        not upload
+        and not fields.expect
+        and 0 < length <= limit
+        and length <= len(connection.received)
+    ):
+        request.body = connection.received[:length]
+        connection.received = connection.received[length:]
+        return request
+    connection.exchange = exchange = Exchange(request, connection.server.now)
+    check_expectation(connection, request, limit)
+    if length == 0:
+        return request
+    write: Callable[[bytes], Any] = exchange.content.extend
+    if upload:
+        limit, write = root.upload_limit, exchange.upload
+    exchange.decoder = content_decoder(length, limit, params.max_header_size, write)
+    if fields.expect and type(handler) is not Refusal and not connection.received:
+        connection.out = memoryview(CONTINUE)
+    connection.enter(receive_content)
+    return connection.take_content(connection.received)
+
+
+def find_head(connection: Connection, data: bytes) -> tuple[int, int]:
+    """Where the next head begins and ends; 0 if it is not whole. HTTPError if it can no longer
+    become one.
+    """
+    limit = connection.server.params.max_header_size
+    start, searched = 0, 0
+    if data.startswith(b"\r"):
+        start = end_of_empty_lines(data)
+    if connection.beginning is not None:
+        searched = connection.beginning.searched - 3
+    end = data.find(b"\r\n\r\n", max(start, searched)) + 4
+    if end >= 4 and end - start <= limit:
+        return start, end
+    if connection.beginning is None:
+        connection.beginning = Beginning(IN_METHOD)
+        connection.enter(receive_head)
+    connection.beginning.check_head(data, limit)
+    connection.beginning.searched = len(data)
+    return start, 0
+
+
+class Connection:
+    """One socket and what is under way on it. `state` is the function that runs next: True to go
+    on, False to wait.
+
+        with TLS: greet > shake_hands ──> idle
+        idle ──> receive_head ──> serve ──> idle       the next request is not here yet
+                                   │ ^ ├──> proceed    more has been received
+                 receive_content <─┘ │ ├──> end        the last response, nothing more is read
+                        └────────────┘ ├──> shut ──> linger     refused: read on and discard
+                                       ├──> stream     flush_data_cb has more
+              suspended, overfull, <───┴─── stream
+              half_closed, asked       until request.resume() is called
+
+    Before a state runs, and before the connection waits, all of `out` is sent. A state may be run
+    again from its start: nothing is changed before the recv() that may block.
+    """
+
+    __slots__ = (
+        "server", "sock", "peer", "state", "interest", "deadline", "received", "beginning",
+        "exchange", "out", "held", "lingers_until", "unreported",
+    )
+
+    def __init__(self, server: Server, sock: socket.socket, peer: Any) -> None:
+        self.server = server
+        self.sock = sock
+        self.peer = peer                    # its address
+        self.state: State = server.transport.first_state
+        # what is watched for: READ, WRITE, HANG_UP, RESET; 0: nothing yet
+        self.interest = 0
+        self.deadline = server.now + server.keep_alive
+        self.received = b""                 # the next requests, or the beginning of one
+        self.beginning: Optional[Beginning] = None      # of a head that is not whole
+        self.exchange: Optional[Exchange] = None
+        # what is to be sent; a view of the page only until `turn` returns
+        self.out = NOTHING
+        self.held = 0                       # bytes counted against memory_budget
+        self.lingers_until = math.inf
+        self.unreported: list[Response] = []        # responses whose end is not known yet
+
+    # -- what it keeps, and its end
+
+    def enter(self, state: State) -> bool:
+        """Go over into a state, which has its time from now on. False, since most states wait
+        then.
+        """
+        self.state = state
+        server = self.server
+        limit: float = getattr(server.params, STATES[state].limit)
+        self.deadline = server.now + limit
+        return False
+
+    def count(self) -> None:
+        """Count what this connection keeps between its turns; 503 if memory_budget has no room for
+        it.
+        """
+        server = self.server
+        size = len(self.received)
+        if self.out:
+            whole: Any = self.out.obj               # a part of it keeps the whole
+            size += len(whole)
+        if self.exchange is not None:
+            size += self.exchange.size()
+        more = size - self.held
+        if more > 0 and server.held + more > server.params.held_size:
+            raise HTTPError(
+                503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"}
+            )
+        server.held += more
+        self.held = size
+
+    def report(self, whole: bool) -> None:
+        """Tell the observers about responses that have left, or are cut."""
+        unreported, self.unreported = self.unreported, []
+        for response in unreported:
+            tell_observers(response, whole)
+
+    def close(self, cut: bool = False) -> bool:
+        """Give everything back at once. `cut`: in TLS, do not say that this is the end of what
+        there is to send.
+        """
+        if self.state is closed:
+            return False
+        if not cut:
+            say_goodbye(self)
+        exchange = self.exchange
+        if exchange is not None and exchange.stream is not None:
+            report_stream(self, exchange, False)
+            # to which an orderly end is the whole: a reset
+            if exchange.request.version == "HTTP/1.0":
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.report(False)
+        self.received = b""
+        self.beginning = None
+        self.exchange = None
+        self.out = NOTHING
+        self.count()
+        self.server.forget(self)
+        self.sock.close()
+        self.state = closed
+        return False
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        if self.out:
+            push(self)
+        else:
+            STATES[self.state].at_deadline(self)
+
+    def stop(self) -> None:
+        """The server stops: nothing new begins here."""
+        if not self.out and STATES[self.state].at_stop is ENDS:
+            self.close()
+
+    def rank(self) -> int:
+        """Who goes first when room is needed: the lowest."""
+        return NEVER if self.out else STATES[self.state].rank
+
+    def turn_away(self) -> None:
+        """There is no room for this client: say so, or close where only a handshake could say
+        it.
+        """
+        if self.server.transport.context is not None:
+            self.close()
+            return
+        self.refuse(
+            HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"})
+        )
+        self.turn()
+
+    def go_on(self, request: Request) -> None:
+        """request.resume() was called."""
+        if self.exchange is not None and self.exchange.request is request:
+            self.turn()
+
+    def is_over(self) -> bool:
+        """There is nothing left that a server that stops would have to wait for."""
+        return not self.out and STATES[self.state].at_stop is OVER
+
+    def peer_certificate(self) -> Any:
+        """What ssl knows of the client's certificate; None if none was asked for."""
+        if not self.server.params.tls_ca_file:
+            return None
+        getpeercert = getattr(self.sock, "getpeercert", None)
+        if getpeercert is None:
+            return None
+        return getpeercert()
+
+    # -- answers
+
+    def leave(self, size: int) -> None:
+        """A response of `size` bytes is the last (RFC 9112, 9.6): what follows is ignored."""
+        more = self.received or self.exchange is not None or size > RECEIVE_SIZE
+        self.state = shut if more else end
+        self.received = b""
+
+    def finish(
+        self, status: int, connection_line: str, with_content: bool, request: Optional[Request]
+    ) -> memoryview:
+        """Put the head before the content, in the page. Returns what is to be sent; the state is
+        what follows.
+        """
+        server = self.server
+        responses = server.responses
+        page = responses.page
+        end = page.end
+        if server.stopping:
+            connection_line = CLOSE
+        key = (status, page._content_type, end - HEADROOM, connection_line)
+        head = responses.heads.get(key) or responses.head(*key)
+        if page.fields:
+            head = page.with_fields(head)
+        if not with_content:
+            end = HEADROOM
+        server.requests += 1
+        if observers:
+            begun = server.now
+            if self.exchange is not None:
+                begun = self.exchange.begun
+            self.unreported.append(Response(request, status, end - HEADROOM, begun))
+        if connection_line is CLOSE:
+            self.leave(end - HEADROOM)
+        elif self.received:
+            self.state = proceed
+        else:
+            self.state = idle
+            self.deadline = server.now + server.keep_alive
+        self.exchange = None
+        start = HEADROOM - len(head)
+        if start < 0:                                   # the handler has set long fields
+            return memoryview(head + page.view[HEADROOM:end])
+        page.view[start:HEADROOM] = head
+        return page.view[start:end]
+
+    def answer_error(self, error: BaseException, request: Request) -> memoryview:
+        """A line of text for what a handler has raised, or `route`."""
+        head = request._head
+        refusal = blame(error, head)
+        self.server.responses.write_error(refusal)
+        connection_line = CLOSE if refusal.status in (400, 503) else head.connection_line
+        return self.finish(refusal.status, connection_line, head.method != "HEAD", request)
+
+    def refuse(self, refusal: HTTPError) -> None:
+        """Answer what is no request, or one whose content is not read, and close; answers before it
+        leave first.
+        """
+        log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
+        request = None
+        if self.exchange is not None:
+            request = self.exchange.request
+            to_head = request.method == "HEAD"
+        else:
+            to_head = self.received.startswith(b"HEAD ", end_of_empty_lines(self.received))
+        self.received = b""
+        self.beginning = None
+        self.server.responses.write_error(refusal)
+        piece = self.finish(refusal.status, CLOSE, not to_head, request)
+        self.out = memoryview(bytes(self.out) + bytes(piece)) if self.out else piece
+        self.enter(shut)
+
+    def suspend(self, request: Request) -> memoryview:
+        """Wait for request.resume(), as long as that takes."""
+        if self.exchange is None:
+            self.exchange = Exchange(request, self.server.now)
+        self.count()
+        self.wait_for_resume(request)
+        return NOTHING
+
+    def wait_for_resume(self, request: Request) -> None:
+        self.enter(suspended)
+        # it was too early for the loop to find it suspended
+        if request._resumed:
+            self.server.post(request)
+
+    def look_closer(self, request: Request, status: Any) -> memoryview:
+        """What a handler has returned is not a page with the status 200."""
+        page, head = self.server.responses.page, request._head
+        if status == SUSPEND and isinstance(status, int):
+            return self.suspend(request)
+        status = checked_status(status)
+        if status in (204, 304):                        # RFC 9110, 15.3.5 and 15.4.5: no content
+            page.end = HEADROOM
+        elif page.end == HEADROOM and (request._root.flush or page.length()):
+            return begin_stream(self, request, status)
+        return self.finish(status, head.connection_line, head.method != "HEAD", request)
+
+    def serve(self, request: Optional[Request]) -> bool:
+        """The hot path: answer request by request; the answers to pipelined ones leave together."""
+        server = self.server
+        page = server.responses.page
+        answers: Optional[bytearray] = None         # to pipelined requests
+        try:
+            while request is not None:
+                head = request._head
+                page.end = HEADROOM
+                page.fields = ()
+                page._content_type = request._root.content_type
+                try:
+                    status = request._handler(request, page)
+                    if status == 200 and page.end > HEADROOM and type(status) is int:
+                        piece = self.finish(
+                            200, head.connection_line, head.method != "HEAD", request
+                        )
+                    else:
+                        piece = self.look_closer(request, status)
+                except KeyboardInterrupt:
+                    raise
+                # SystemExit and CancelledError too: no client may end the server
+                except BaseException as error:
+                    piece = self.answer_error(error, request)
+                if answers is None:
+                    if not self.received:               # nearly always: out of the page, as it is
+                        self.out = piece
+                        break
+                    answers = bytearray()
+                answers += piece
+                if self.state is not proceed or len(answers) > RECEIVE_SIZE:
+                    break
+                data = self.received
+                end_of_head = data.find(b"\r\n\r\n") + 4
+                # A short way for what has been seen before.
+                known = server.heads.recall(data[:end_of_head])
+                if known is not None and not known.waits:
+                    self.received = data[end_of_head:]
+                    root, handler = route(known, self)
+                    request = Request(self, known, root, handler, b"")
+                else:
+                    request = self.next_request()
+        finally:
+            if answers:
+                answers += self.out                     # a 100 (Continue) for the next one
+                self.out = memoryview(answers)
+        return self.state is not idle and not STATES[self.state].waits_for
+
+    # -- requests
+
+    def next_request(self) -> Optional[Request]:
+        """Take the next request out of what has been received; None: it is not whole."""
+        data, heads = self.received, self.server.heads
+        end, fields = len(data), None
+        limit = self.server.params.max_header_size
+        if end <= limit and self.beginning is None and data.endswith(b"\r\n\r\n"):
+            line, _, section = data.partition(b"\r\n")
+            fields = heads.recall_section(section)
+        if fields is not None:              # one head, with a section that has been seen before
+            head = heads.read(data, line, section, fields)
+        else:
+            start, end = 0, data.find(b"\r\n\r\n") + 4
+            if end < 4 or self.beginning is not None or data.startswith(b"\r") or end > limit:
+                start, end = find_head(self, data)       # it is not as simple as nearly always
+                if end == 0:
+                    return None
+            raw = data[start:end]
+            known = heads.recall(raw)
+            if known is None:
+                line, _, section = raw.partition(b"\r\n")
+                known = heads.read(raw, line, section, None)
+            head = known
+        # not before: a refusal looks there whether it answers HEAD
+        self.received = data[end:]
+        self.beginning = None
+        if head.waits:
+            return begin_content(self, head)
+        root, handler = route(head, self)
+        return Request(self, head, root, handler, b"")
+
+    def take_content(self, data: bytes) -> Optional[Request]:
+        """The request, if its content is whole with this; None: more is to come. A second more for
+        every 500 bytes.
+        """
+        exchange = self.exchange
+        if exchange is None or exchange.decoder is None:
+            return None
+        self.received = b""
+        rest = exchange.decoder.feed(data)
+        if rest is None:
+            params, now = self.server.params, self.server.now
+            longest = max(params.keep_alive, params.request_timeout)
+            self.deadline = min(self.deadline + len(data) / 500, now + longest)
+            return None
+        self.received = rest
+        request = exchange.request
+        request.body = bytes(exchange.content)
+        exchange.decoder = None
+        exchange.content = bytearray()
+        return request
+
+    # -- the loop
+
+    def turn(self) -> None:
+        """Send what is due and run states, until one waits.
+
+        The one place that knows "would block", and where refusals are answered.
+        """
+        wanted = None                           # what TLS waits for
+        waiting = self.out                      # what a former turn could not send
+        state = self.state
+        going = True
+        try:
+            while True:
+                out = self.out
+                if out is not NOTHING:
+                    sent = self.sock.send(out)
+                    if sent < len(out):
+                        self.out = out[sent:]
+                        continue
+                    self.out = NOTHING
+                if not going:
+                    break
+                going = self.state(self)
+        except self.server.transport.would_block as block:
+            wanted = self.server.transport.wants.get(type(block))
+            self.keep_output(waiting)
+        except BaseException as error:
+            self.recover(error)
+            return
+        resting = self.state is idle and self.interest == READ and self.out is NOTHING
+        if not resting or self.held or self.unreported:
+            waited = waiting is not NOTHING and self.state is state
+            self.settle(wanted, waited)
+
+    def recover(self, error: BaseException) -> None:
+        """What becomes of a connection after an exception: a refusal is answered, else it ends."""
+        if isinstance(error, HTTPError):
+            self.refuse(error)
+            self.turn()
+            return
+        self.close(cut=True)
+        if isinstance(error, OSError):
+            log.debug("%s: the connection is lost: %s", self.peer, error)
+        elif isinstance(error, Exception):
+            log.error("%s: a fault of the server itself", self.peer, exc_info=error)
+        else:                                   # KeyboardInterrupt
+            raise error
+
+    def keep_output(self, waiting: memoryview) -> None:
+        """The socket takes no more: what is left has to leave the page.
+
+        Its time begins, or begins anew if some has gone.
+        """
+        if self.out is NOTHING:
+            return
+        if self.out.obj is self.server.responses.page.buffer:
+            self.out = memoryview(bytes(self.out))
+        if waiting is NOTHING or len(self.out) < len(waiting):
+            self.deadline = self.server.now + self.server.params.keep_alive
+
+    def settle(self, wanted: Optional[int], waited: bool) -> None:
+        """At the end of a turn: count what is kept, and watch for what is waited for.
+
+        `waited`: the state is the same as before, and has waited for output to leave.
+        """
+        if self.state is closed:
+            return
+        row = STATES[self.state]
+        if not self.out:
+            self.report(True)
+            if waited:                      # it has left: the state has its time from now on
+                self.enter(self.state)
+            if self.server.stopping and row.at_stop is ENDS:
+                self.close()
+                return
+        try:
+            self.count()
+        except HTTPError as refusal:
+            self.find_no_room(refusal)
+            return
+        if wanted is None:
+            wanted = WRITE if self.out else row.waits_for
+        if wanted != self.interest:
+            self.watch(wanted)
+
+    def find_no_room(self, refusal: HTTPError) -> None:
+        """memory_budget is used up: 503, unless a response has begun."""
+        streams = self.exchange is not None and self.exchange.stream is not None
+        if self.out or streams:
+            log.warning(
+                "%s: closed: memory_budget is used up, by responses that clients do not read",
+                self.peer,
+            )
+            self.close(cut=True)
+        else:
+            self.refuse(refusal)
+            self.turn()
+
+    def watch(self, wanted: int) -> None:
+        """Have the loop wait for something else."""
+        try:
+            self.server.loop.change(self.sock, self.interest, wanted, self.turn)
+            self.interest = wanted
+        except OSError as error:                        # the system's limit of watches
+            log.error("%s: closed: %s", self.peer, error)
+            self.close(cut=True)
+
+
+# The states: functions of a connection. True: go on at once; False: wait for what the table says.
+
+def greet(connection: Connection) -> bool:
+    """TLS: who does not begin with a handshake gets an answer that he can read."""
+    first = connection.sock.recv(1, socket.MSG_PEEK)
+    if not first:
+        return connection.close()
+    if first != b"\x16":                    # a handshake's first byte (RFC 8446, 5.1)
+        raise HTTPError(400, "this is the HTTPS port, say https://")
+    context = connection.server.transport.context
+    connection.sock = context.wrap_socket(
+        connection.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+    )
+    connection.enter(shake_hands)
+    return True
+
+
+def shake_hands(connection: Connection) -> bool:
+    """TLS: the handshake, as far as it goes."""
+    transport = connection.server.transport
+    sock: Any = connection.sock
+    try:
+        sock.do_handshake()
+    except transport.would_block:
+        raise
+    except OSError as error:
+        log.debug("%s: no handshake: %s", connection.peer, error)
+        connection.state = shut             # a reset would overtake the alert that says why
+        return True
+    suite, version, _ = sock.cipher()
+    if version == "TLSv1.3" and suite not in transport.plan.suites13:
+        log.debug(
+            "%s: closed: %s is not in tls_ciphers, which OpenSSL cannot be told",
+            connection.peer,
+            suite,
+        )
+        return connection.close(cut=True)
+    connection.enter(idle)
+    return True
+
+
+def idle(connection: Connection) -> bool:
+    """Nothing of a request is here yet. If all that comes is a head that has been seen before, it
+    is not parsed.
+    """
+    data = connection.sock.recv(RECEIVE_SIZE)
+    head = connection.server.heads.recall(data)
+    if head is not None and not head.waits:
+        root, handler = route(head, connection)
+        return connection.serve(Request(connection, head, root, handler, b""))
+    if not data:
+        return connection.close()
+    connection.received = data
+    return connection.serve(connection.next_request())
+
+
+def proceed(connection: Connection) -> bool:
+    """More has been received with what is answered now."""
+    return connection.serve(connection.next_request())
+
+
+def receive(connection: Connection) -> bytes:
+    """More of a request; b"" if it has ended before one has begun."""
+    data = connection.sock.recv(RECEIVE_SIZE)
+    begun = connection.exchange is not None or connection.received.strip(b"\r\n")
+    if begun and not data:
+        raise HTTPError(400, "the connection ended inside a request")
+    return data
+
+
+def receive_head(connection: Connection) -> bool:
+    data = receive(connection)
+    if not data:
+        return connection.close()
+    connection.received += data
+    return connection.serve(connection.next_request())
+
+
+def receive_content(connection: Connection) -> bool:
+    data = receive(connection)
+    request = connection.take_content(data)
+    return request is not None and connection.serve(request)
+
+
+def stream(connection: Connection) -> bool:
+    """The socket has taken the last piece of the content: the next is due."""
+    exchange, server = connection.exchange, connection.server
+    if exchange is None or exchange.stream is None:
+        return False
+    try:
+        piece = exchange.stream.next_piece(server.responses.page, server.room())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        blame(error, exchange.request._head)
+        return connection.close(cut=True)
+    if piece:
+        connection.out = piece
+        return connection.enter(stream)     # it goes on when others have had their turn
+    if exchange.stream.ended:
+        return end_stream(connection, exchange)
+    connection.wait_for_resume(exchange.request)
+    return False
+
+
+def end_stream(connection: Connection, exchange: Exchange) -> bool:
+    """All of the response has left."""
+    report_stream(connection, exchange, True)
+    if exchange.last or connection.server.stopping:
+        connection.leave(0)
+        connection.exchange = None
+        return True
+    connection.exchange = None
+    if connection.received:
+        connection.enter(proceed)
+        return True
+    return connection.enter(idle)
+
+
+def resumed(connection: Connection) -> bool:
+    """Whether request.resume() was called; then its callback is due."""
+    exchange = connection.exchange
+    return exchange is not None and exchange.request._resumed
+
+
+def go_on(connection: Connection) -> bool:
+    """Call the callback again that waited."""
+    exchange = connection.exchange
+    if exchange is None:
+        return False
+    exchange.request._resumed = False
+    if exchange.stream is not None:
+        return stream(connection)
+    return connection.serve(exchange.request)
+
+
+def suspended(connection: Connection) -> bool:
+    """A callback waits for resume(). An event of the socket means that more has come, which waits;
+    or the end.
+    """
+    if resumed(connection):
+        return go_on(connection)
+    if raw_recv(connection.sock, 1, socket.MSG_PEEK):
+        return connection.enter(overfull)
+    return ask(connection)
+
+
+def overfull(connection: Connection) -> bool:
+    """The same, and the client has sent more, which is not read yet. An event is the end."""
+    if resumed(connection):
+        return go_on(connection)
+    return ask(connection)
+
+
+def ask(connection: Connection) -> bool:
+    """A client that has gone looks like one that has only finished sending (RFC 9112, 9.6), and is
+    to be answered.
+
+    As long as nothing is sent, a 100 (Continue) tells, since the system of one that has gone
+    objects.
+    """
+    exchange = connection.exchange
+    if exchange is None:
+        return False
+    if exchange.stream is not None or exchange.request.version == "HTTP/1.0":
+        return connection.enter(half_closed)
+    connection.out = memoryview(CONTINUE)
+    return connection.enter(asked)
+
+
+def half_closed(connection: Connection) -> bool:
+    """A callback waits for resume(), the client has ended its side, and cannot be asked. An event
+    is the end.
+    """
+    if resumed(connection):
+        return go_on(connection)
+    if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        connection.close(cut=True)
+    return False
+
+
+def asked(connection: Connection) -> bool:
+    """The same, and it has been asked."""
+    return half_closed(connection)
+
+
+def shut(connection: Connection) -> bool:
+    """All is sent: say so, and wait until the client has read it."""
+    say_goodbye(connection, patient=True)
+    connection.sock.shutdown(socket.SHUT_WR)
+    connection.enter(linger)
+    connection.lingers_until = connection.server.now + LINGER_TIME
+    connection.deadline = connection.server.now + LINGER_PAUSE
+    return True
+
+
+def linger(connection: Connection) -> bool:
+    """Read on and discard, for some time: a reset would overtake the answer (RFC 9112, 9.6)."""
+    if not raw_recv(connection.sock, RECEIVE_SIZE):
+        return connection.close()
+    connection.deadline = min(connection.server.now + LINGER_PAUSE, connection.lingers_until)
+    return False
+
+
+def end(connection: Connection) -> bool:
+    """All is sent, and nothing more is expected."""
+    return connection.close()
+
+
+def closed(connection: Connection) -> bool:
+    """The socket is gone; an event of the same poll may still come."""
+    return False
+
+
+# What becomes of a connection at its deadline.
+
+def close_silently(connection: Connection) -> None:
+    log.debug("%s: closed after a time-out", connection.peer)
+    connection.close()
+
+
+def refuse_late(connection: Connection) -> None:
+    """A request has not come in time. Empty lines are none."""
+    if connection.exchange is None and not connection.received.strip(b"\r\n"):
+        close_silently(connection)
+        return
+    connection.refuse(HTTPError(408, "the request did not arrive in time, see request_timeout"))
+    connection.turn()
+
+
+def push(connection: Connection) -> None:
+    """Output waits. epoll is silent until a third of the socket's buffer is free: try, before it
+    counts as stuck.
+    """
+    connection.turn()
+    if connection.deadline <= connection.server.now:
+        log.debug("%s: closed after a time-out, its output is not read", connection.peer)
+        connection.close(cut=True)
+
+
+State = Callable[[Connection], bool]
+# What stop() means for a connection.
+ENDS = "ends"
+FINISHES = "finishes"
+OVER = "over"
+LINGERING, SILENT, RECEIVING, NEVER = range(4)          # ranks
+
+
+class StateRow(NamedTuple):
+    """What a state is. While output waits, the connection waits for WRITE, and is pushed at its
+    deadline.
+    """
+    waits_for: int                              # READ, WRITE, HANG_UP, RESET; 0: it never waits
+    limit: str                                  # of the time it may take: a parameter, or for_ever
+    at_deadline: Callable[[Connection], None]
+    rank: int                                   # who goes first when room is needed
+    at_stop: str
+
+
+STATES: dict[State, StateRow] = {
+    greet: StateRow(READ, "keep_alive", close_silently, SILENT, ENDS),
+    shake_hands: StateRow(READ, "request_timeout", close_silently, RECEIVING, ENDS),
+    idle: StateRow(READ, "keep_alive", close_silently, SILENT, ENDS),
+    receive_head: StateRow(READ, "request_timeout", refuse_late, RECEIVING, FINISHES),
+    receive_content: StateRow(READ, "request_timeout", refuse_late, RECEIVING, FINISHES),
+    proceed: StateRow(0, "request_timeout", push, NEVER, FINISHES),
+    stream: StateRow(WRITE, "keep_alive", push, NEVER, FINISHES),
+    suspended: StateRow(READ, "for_ever", close_silently, NEVER, FINISHES),
+    overfull: StateRow(HANG_UP, "for_ever", close_silently, NEVER, FINISHES),
+    half_closed: StateRow(RESET, "keep_alive", close_silently, NEVER, FINISHES),
+    asked: StateRow(RESET, "for_ever", close_silently, NEVER, FINISHES),
+    shut: StateRow(0, "request_timeout", close_silently, NEVER, FINISHES),
+    end: StateRow(0, "request_timeout", close_silently, NEVER, FINISHES),
+    linger: StateRow(READ, "request_timeout", close_silently, LINGERING, OVER),
+    closed: StateRow(0, "for_ever", close_silently, NEVER, OVER),
+}
+PLAIN = Transport("http", idle, (BlockingIOError,), {})
+# By scheme: what makes the transport out of the parameters. The section TLS puts itself in.
+transports: dict[str, Callable[[Limits], Transport]] = {"http": lambda params: PLAIN}
+
+
+# --------------------------------------------------------------------------------------------- Loop
+
+ACCEPT_BATCH = 64           # connections taken in, before others get their turn,
+EXPIRE_BATCH = 100          # and closed as late
+# seconds that the kernel waits for a request before it tells of a connection
+DEFER = 1
+
+
+class Mailbox:
+    """Requests whose resume() was called, and what wakes the loop for them. `post` and `ring` are
+    for any thread.
+    """
+
+    def __init__(self) -> None:
+        self.requests: deque[Request] = deque()
+        # the loop looks at them at the end of its turn, without being woken
+        self.busy = False
+        self.ringing = False        # it has been woken
+        self.bell, self.button = socket.socketpair()
+        self.bell.setblocking(False)
+        self.button.setblocking(False)
+
+    def post(self, request: Request) -> None:
+        self.requests.append(request)
+        if not self.busy:
+            self.ring()
+
+    def ring(self) -> None:
+        """Have the loop come back from its poll, this one or another program's."""
+        if not self.ringing:
+            self.ringing = True
+            with suppress(OSError):             # it has ended
+                self.button.send(b"!")
+
+    def answer(self) -> None:
+        with suppress(BlockingIOError):
+            self.bell.recv(64)
+        self.ringing = False                    # before what was noted meanwhile is looked at
+
+    def close(self) -> None:
+        self.bell.close()
+        self.button.close()
 
 
 def listen(ip: str, port: int) -> socket.socket:
-    """A listening socket; for the empty ip one for IPv6 and IPv4. OSError says which address it is about."""
+    """A listening socket; for the empty ip one for IPv6 and IPv4. OSError says which address it is
+    about.
+    """
     every = ip in ("", "*")
-    family = socket.AF_INET6 if ":" in ip or every and socket.has_ipv6 else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in ip or every and socket.has_ipv6:
+        family = socket.AF_INET6
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # the accepted sockets inherit it
+        # the accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
@@ -1479,400 +2959,614 @@ def listen(ip: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if every and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return listen("0.0.0.0", port)                  # a kernel without IPv6
-        raise OSError(error.errno, "cannot listen on %s port %d: %s" % (ip or "*", port, error.strerror)) from None
+            return listen("0.0.0.0", port)  # a kernel without IPv6
+        raise OSError(
+            error.errno, "cannot listen on %s port %d: %s" % (ip or "*", port, error.strerror)
+        ) from None
     listener.setblocking(False)
     return listener
 
 
+class Listener:
+    """The listening socket, and whether it is watched."""
+
+    def __init__(self, ip: str, port: int) -> None:
+        self.sock = listen(ip, port)
+        self.address: tuple[str, int] = self.sock.getsockname()[:2]
+        self.watched = False
+        # What accept() does, without its layer of Python: 2 us of 24 that a connection costs.
+        # Private: if it is not there, accept() does.
+        self._accept = getattr(self.sock, "_accept", None)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next client. OSError, mostly BlockingIOError: there is none."""
+        sock: Any
+        if self._accept is None:
+            sock, peer = self.sock.accept()
+        else:
+            descriptor, peer = self._accept()
+            family, kind = int(self.sock.family), int(socket.SOCK_STREAM)
+            sock = socket.SocketType(family, kind, 0, descriptor)
+        sock.setblocking(False)
+        return sock, peer
+
+
+class Watch:
+    """What Server.watch() returns."""
+
+    def __init__(self, loop: Loop, file: Any) -> None:
+        self._loop = loop
+        self._file = file
+
+    def close(self) -> None:
+        """End it. Before the file is closed; it may be repeated."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(KeyError, ValueError):        # the loop has ended
+                self._loop.selector.unregister(file)
+
+
+class Timer:
+    """What Server.call_later() returns."""
+
+    def __init__(self, due: float, callback: Callable[[], Any]) -> None:
+        self.due = due
+        self.callback: Optional[Callable[[], Any]] = callback
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.due < other.due
+
+    def close(self) -> None:
+        """Do not call any more. It may be repeated."""
+        self.callback = None
+
+
+def call_safely(callback: Callable[[], Any]) -> None:
+    """Call what a program has asked the loop to call. Its exception is its own."""
+    try:
+        callback()
+    except Exception:
+        log.exception("a callback of the loop failed")
+
+
+class Loop:
+    """What a server waits with: made when it begins to listen, dropped whole when it ends. Nothing
+    of it crosses a fork.
+    """
+
+    def __init__(self, ip: str, port: int) -> None:
+        if not hasattr(select, "epoll"):
+            raise RuntimeError(
+                "select.epoll is missing: gevent's monkey.patch_all() takes it away, unless it "
+                "is called with select=False; and httpd.py needs Linux"
+            )
+        self.listener = Listener(ip, port)
+        self.mailbox = Mailbox()
+        self.selector = selectors.EpollSelector()
+        # for what selectors do not know; it is watched itself
+        self.hang_ups = select.epoll()
+        self.waiting_for_end: dict[int, Callable[[], None]] = {}       # descriptor -> whom to tell
+        self.timers: list[Timer] = []           # a heap
+        self.owner: Optional[int] = None        # the thread that turns it
+        self.turning = False                    # it is being turned just now
+        self.ready = False                      # the init_proc_cb's have run
+        self.selector.register(self.mailbox.bell, READ, self.mailbox.answer)
+        self.selector.register(self.hang_ups.fileno(), READ, self._tell_of_ends)
+
+    def _tell_of_ends(self) -> None:
+        for descriptor, _ in self.hang_ups.poll(0, 64):
+            callback = self.waiting_for_end.get(descriptor)
+            if callback is not None:
+                callback()
+
+    def change(
+        self, sock: socket.socket, before: int, wanted: int, callback: Callable[[], None]
+    ) -> None:
+        """Watch a connection for something else, of READ, WRITE, HANG_UP, RESET; 0: for nothing.
+        OSError.
+        """
+        if before in (READ, WRITE) and wanted in (READ, WRITE):
+            self.selector.modify(sock, wanted, callback)
+            return
+        self.forget(sock, before)
+        if wanted in (READ, WRITE):
+            self.selector.register(sock, wanted, callback)
+        elif wanted:
+            self.hang_ups.register(sock.fileno(), wanted)
+            self.waiting_for_end[sock.fileno()] = callback
+
+    def forget(self, sock: socket.socket, before: int) -> None:
+        """Watch a connection no more."""
+        if before in (READ, WRITE):
+            self.selector.unregister(sock)
+        elif before:
+            self.waiting_for_end.pop(sock.fileno(), None)
+            with suppress(OSError):
+                self.hang_ups.unregister(sock.fileno())
+
+    def set_accepting(self, wanted: bool, callback: Callable[[], None]) -> None:
+        """Watch the listener, or leave it alone for a while."""
+        listener = self.listener
+        if wanted == listener.watched or listener.sock.fileno() < 0:
+            return
+        if wanted:
+            try:
+                self.selector.register(listener.sock, READ, callback)
+            except OSError as error:            # the system's limit of watches: again in a second
+                log.error("nobody is taken in for a second: %s", error)
+                return
+        else:
+            self.selector.unregister(listener.sock)
+        listener.watched = wanted
+
+    def stop_listening(self, callback: Callable[[], None]) -> None:
+        self.set_accepting(False, callback)
+        self.listener.sock.close()
+
+    def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def call_due_timers(self, now: float) -> None:
+        while self.timers and self.timers[0].due <= now:
+            callback = heapq.heappop(self.timers).callback
+            if callback is not None:
+                call_safely(callback)
+
+    def close(self) -> None:
+        for closable in (self.listener.sock, self.mailbox, self.hang_ups, self.selector):
+            closable.close()
+
+
+# ------------------------------------------------------------------------------------------- Server
+
+servers: set[Server] = set()    # those that listen
+
+
 class Server:
-    """A server with the parameters in force, keywords before what modparam() has set; ConfigError if they are wrong.
+    """A server with the parameters in force, keywords before what modparam() has set; ConfigError
+    if they are wrong.
 
         server.run()                     serves in this thread until stop() is called
         with server: ...                 start() and stop(): serves in a thread of its own
-        server.fileno(), run_once(0)     serves in another program's loop: when readable, and after timeout() seconds
+        server.fileno(), run_once(0)     serves in another program's loop: when the descriptor is
+                                         readable, and after timeout() seconds
 
-    It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and reload_tls() are
-    for any thread.
+    It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and
+    reload_tls() are for any thread.
     """
-    __slots__ = ("params", "scheme", "socket_type", "would_block", "plan", "tls", "conn_timeout", "date",
-                 "max_connections", "page", "heads", "sections", "lines", "response_heads", "connections", "held",
-                 "requests", "accepted", "now", "stopping", "_stop_at", "_next_tick", "_evictable", "_selector",
-                 "_poll", "_accepting", "_owner", "_serving", "_thread", "_initialized", "_ended", "_resumed", "_busy",
-                 "_waking", "_woken", "_wake", "_listener", "_address")
+    __slots__ = (
+        "params", "transport", "heads", "responses", "connections", "held", "requests",
+        "accepted", "keep_alive", "now", "stopping", "_loop", "_address", "_thread", "_ended",
+        "_stop_at",
+        "_next_tick", "_evictable", "__weakref__",
+    )
 
-    def __init__(self, **parameters: Any):
-        self.params = values = httpd_in_force(**parameters)
-        self.scheme, self.socket_type, self.plan, self.tls = "http", socket.SocketType, None, None
-        self.would_block: tuple = (BlockingIOError,)        # what a socket raises that has to be waited for
-        if values.tls:
-            self._set_up_tls()
-        self.conn_timeout = values.conn_timeout or 1e9      # for ever: 30 years
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.max_connections = values.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
-        self.page = Page(values.buf_size)
-        self.heads = Memo(values.memo_size // 2)            # whole heads; and where only the request line is new,
-        self.sections = Memo(values.memo_size // 4)         # the header section below it; and where a field is new,
-        self.lines = FieldLines(values.memo_size // 4)      # the others
-        self.response_heads: dict[tuple, bytes] = {}        # of this second
+    def __init__(self, **parameters: Any) -> None:
+        self.params = params = Limits(**parameters)
+        scheme = "https" if params.tls_cert_file else "http"
+        self.transport = transports[scheme](params)
+        self.heads = Heads(params.memo_size, scheme)
+        self.responses = Responses(params.buf_size)
         self.connections: set[Connection] = set()
-        self.held = self.requests = self.accepted = 0       # bytes that connections keep between their turns; so far
-        self.now = time.monotonic()                         # when this turn began
-        self.stopping = False                               # every answer closes its connection
-        self._stop_at, self._next_tick = math.inf, 0.0      # when the grace of stop() ends; when to look at deadlines
+        self.held = 0                           # bytes that connections keep between their turns
+        self.requests = 0                       # answered so far
+        self.accepted = 0                       # connections so far
+        self.now = time.monotonic()             # when this turn began
+        self.keep_alive = params.keep_alive     # seconds: on the hot path
+        self.stopping = False                   # every answer closes its connection
+        self._loop: Optional[Loop] = None       # while it listens
+        self._address: Optional[tuple[str, int]] = None
+        self._thread: Optional[threading.Thread] = None     # that start() has made
+        self._ended = threading.Event()
+        self._stop_at = math.inf                # when the grace of stop() ends
+        self._next_tick = 0.0                   # when to look at deadlines
+        # with their deadlines: see _make_room
         self._evictable: list[tuple[float, Connection]] = []
-        self._selector = self._poll = None                  # while it listens
-        self._accepting = False                             # the selector watches the listener
-        self._owner = self._serving = None                  # the thread that calls run(); the same while it is in there
-        self._thread, self._initialized, self._ended = None, False, threading.Event()
-        self._resumed: deque[Request] = deque()             # requests whose resume() has been called
-        self._busy = self._waking = False                   # it will look at them without being woken; it has been
+
+    # -- for the connections
+
+    @property
+    def loop(self) -> Loop:
+        """What it waits with. RuntimeError if it does not listen."""
+        if self._loop is None:
+            raise RuntimeError("the server does not listen: it has ended, or not begun")
+        return self._loop
+
+    def room(self) -> int:
+        """For a piece of a stream: less if clients do not read much; at least what a writable
+        socket takes whole.
+        """
+        params = self.params
+        return min(params.buf_size, max(512, (params.held_size - self.held) // 8))
+
+    def post(self, request: Request) -> None:
+        """A request's resume() was called. Any thread."""
+        loop = self._loop
+        if loop is not None:
+            loop.mailbox.post(request)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        loop = self._loop
+        if loop is not None:
+            loop.forget(connection.sock, connection.interest)
+            loop.set_accepting(not self.stopping, self._accept)
+
+    # -- its life
 
     def run(self) -> None:
         """Serve in this thread until stop() is called."""
-        if self._serving is not None:
+        if self._loop is not None and self._loop.turning:
             raise RuntimeError("the server runs already")
         if not self._ended.is_set():
             self._open()
             self._serve(threading.Event())
 
     def start(self) -> None:
-        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if one has failed."""
-        if self._serving is not None or self._thread or self._ended.is_set():
+        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if
+        one has failed.
+        """
+        turning = self._loop is not None and self._loop.turning
+        if turning or self._thread or self._ended.is_set():
             raise RuntimeError("a server starts only once: make a new one")
-        self._open()
-        ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, args=(ready,), name="httpd", daemon=True)
+        loop = self._open()
+        started = threading.Event()
+        self._thread = threading.Thread(
+            target=self._serve, args=(started,), name="httpd", daemon=True
+        )
         self._thread.start()
-        ready.wait()
-        if not self._initialized:
+        started.wait()
+        if loop is not None and not loop.ready:
             raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop listening, let requests under way finish for at most `grace` seconds (None: grace_timeout), close. From
-        a handler it returns at once, else when that is done. It may be repeated; the shortest grace counts."""
-        grace = self.params.grace_timeout if grace is None else grace
-        self._stop_at = min(self._stop_at, time.monotonic() + grace)
-        me, listening = threading.get_ident(), self._selector and not self._wake_up()
-        if not listening:                                   # it never has, or it has ended
+        """Stop listening, let requests under way finish for at most `grace` seconds (None:
+        grace_timeout), close.
+
+        From a handler it returns at once, else when that is done. It may be repeated; the shortest
+        grace counts.
+        """
+        seconds = self.params.grace_timeout if grace is None else grace
+        self._stop_at = min(self._stop_at, time.monotonic() + seconds)
+        me, loop = threading.get_ident(), self._loop
+        if loop is None:                                    # it never has listened, or it has ended
             self._ended.set()
-        elif self._thread and self._thread.ident != me:
+            return
+        loop.mailbox.ring()
+        if self._thread is not None and self._thread.ident != me:
             self._thread.join()
-        elif self._owner not in (None, me):                 # the loop is another thread's: it has until the grace ends
-            if not self._ended.wait(grace + 1):
+        # the loop is another thread's: it has until the grace ends
+        elif loop.owner not in (None, me):
+            if not self._ended.wait(seconds + 1):
                 self._close()
-        elif self._serving is None:
+        elif not loop.turning:
             self._serve(threading.Event())
-
-    def _set_up_tls(self) -> None:
-        import ssl                                          # 8 ms that a plain server need not pay
-        plan = tls_priority(self.params.tls_ciphers)
-        if not self.tls and plan.notes:
-            skipped = any("skipped" in note for note in plan.notes)
-            log.log(logging.WARNING if skipped else logging.INFO, "tls_ciphers: %s", "; ".join(plan.notes))
-        self.plan = plan
-        self.tls = tls_context(plan, self.params.tls_cert_file, self.params.tls_key_file, self.params.tls_ca_file)
-        self.scheme, self.socket_type = "https", TLSSocket
-        self.would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-    def reload_tls(self) -> bool:
-        """Have connections from now on use the certificate, key and CA that are in the files now. Any thread. False if
-        that cannot be: the log says why, and what was in use stays in use."""
-        try:
-            if not self.tls:
-                log.warning("there is nothing to reload: tls_cert_file and tls_key_file are not set")
-                return False
-            self._set_up_tls()
-            log.info("%s has been loaded anew", self.params.tls_cert_file)
-            return True
-        except ConfigError as error:
-            log.error("the certificate is not loaded anew: %s", error)
-            return False
 
     def __enter__(self) -> Server:
         self.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Optional[type[BaseException]], value: Optional[BaseException],
+                 traceback: Optional[TracebackType]) -> None:
         self.stop()
 
     def run_once(self, timeout: Optional[float] = None) -> None:
-        """Wait until there is something to do, or `timeout` seconds, and do it. After stop() it does nothing."""
-        if self._ended.is_set():
+        """Wait until there is something to do, or `timeout` seconds, and do it. After stop() it
+        does nothing.
+        """
+        loop = self._open()
+        if loop is None:
             return
-        self._open()
-        self._owner = self._serving = threading.get_ident()
+        if loop.turning:
+            raise RuntimeError(
+                "run_once() was called by what it runs: a handler must return; it is called "
+                "again after SUSPEND and resume()"
+            )
         due = self.timeout()
+        if timeout is not None:
+            due = timeout if due is None else min(timeout, due)
+        loop.owner = threading.get_ident()
+        loop.turning = True
         try:
-            self._turn(due if timeout is None else timeout if due is None else min(timeout, due))
+            self._turn(loop, due)
         finally:
-            self._serving = None
+            loop.turning = False
         if self._drained():
             self._close()
 
     def fileno(self) -> int:
         """The descriptor for another loop to watch for reading; -1 after stop()."""
-        self._open()
-        return self._selector.fileno() if self._selector else -1
+        loop = self._open()
+        return loop.selector.fileno() if loop is not None else -1
 
     def timeout(self) -> Optional[float]:
-        """Seconds until run_once() has something to do even if nothing is readable; None: there is no such time."""
-        if self._ended.is_set() or self._accepting and not self.connections:
+        """Seconds until run_once() has something to do even if nothing is readable; None: there is
+        no such time.
+        """
+        loop = self._loop
+        if self._ended.is_set():
             return None
-        return max(0.0, self._next_tick - time.monotonic())
+        due = math.inf
+        if loop is None or self.connections or not loop.listener.watched:
+            due = self._next_tick
+        if loop is not None and loop.timers:
+            due = min(due, loop.timers[0].due)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     @property
     def port(self) -> int:
-        self._open()
-        return self._address[1]
+        """The port that it listens on. RuntimeError if it has ended before."""
+        return self._where()[1]
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it: http://127.0.0.1:8888, without a slash at the end."""
+        """Where a client on this machine finds it: http://127.0.0.1:8888, without a slash at the
+        end.
+        """
+        host, port = self._where()
+        if host in ("::", "0.0.0.0"):
+            host = "127.0.0.1"
+        elif ":" in host:
+            host = "[%s]" % host
+        return "%s://%s:%d" % (self.transport.scheme, host, port)
+
+    def _where(self) -> tuple[str, int]:
         self._open()
-        host, port = self._address
-        host = "127.0.0.1" if host in ("::", "0.0.0.0") else "[%s]" % host if ":" in host else host
-        return "%s://%s:%d" % (self.scheme, host, port)
+        if self._address is None:
+            raise RuntimeError("the server was stopped before it has listened: it has no address")
+        return self._address
 
-    def _open(self) -> None:
-        with init_lock:                                     # the first call may come from two threads
-            if self._selector or self._ended.is_set():
-                return
-            self._woken, self._wake = socket.socketpair()
-            self._wake.setblocking(False)
-            selector = selectors.EpollSelector()
-            selector.register(self._woken, READ, self._woken_up)
-            self._listener = listen(self.params.ip, self.params.port)
-            self._address = self._listener.getsockname()[:2]
-            self._selector, self._poll = selector, select.epoll.fromfd(os.dup(selector.fileno()))
-            self._set_accepting(True)
-            servers.add(self)
+    def watch(self, file: Any, callback: Callable[[], Any], events: int = READ) -> Watch:
+        """Have the loop call `callback` when `file` is ready: `events` of selectors.EVENT_READ and
+        EVENT_WRITE.
 
-    def _serve(self, ready: threading.Event) -> None:
-        self._owner = self._serving = threading.get_ident()
+        Ends with close() of what is returned, or with the server. For the server's thread, or
+        before it serves.
+        """
+        self._open()
+        loop = self.loop
+        loop.selector.register(file, events, functools.partial(call_safely, callback))
+        return Watch(loop, file)
+
+    def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
+        """Have the loop call `callback` after so many seconds, once, unless close() of what is
+        returned comes before.
+
+        For the server's thread, or before it serves.
+        """
+        self._open()
+        return self.loop.call_later(seconds, callback)
+
+    def reload_tls(self) -> bool:
+        """Have connections from now on use the certificate, key and CA that are in the files now.
+        Any thread.
+
+        False if that cannot be: the log says why, and what was in use stays in use.
+        """
+        if self.transport.context is None:
+            log.warning("there is nothing to reload: tls_cert_file and tls_key_file are not set")
+            return False
+        try:
+            self.transport = transports[self.transport.scheme](self.params)
+        except ConfigError as error:
+            log.error("the certificate is not loaded anew: %s", error)
+            return False
+        log.info("%s has been loaded anew", self.params.tls_cert_file)
+        return True
+
+    def _open(self) -> Optional[Loop]:
+        """Listen, if it does not yet. None: it has ended."""
+        # the first call may come from two threads
+        with init_lock:
+            if self._loop is None and not self._ended.is_set():
+                self._loop = loop = Loop(self.params.ip, self.params.port)
+                self._address = loop.listener.address
+                loop.set_accepting(True, self._accept)
+                servers.add(self)
+            return self._loop
+
+    def _serve(self, started: threading.Event) -> None:
+        loop = self.loop
+        loop.owner = threading.get_ident()
+        loop.turning = True
         try:
             if self._stop_at == math.inf:
-                initialize(late=False)
-            self._initialized = True
-            ready.set()
+                initialize()
+            loop.ready = True
+            started.set()
             while not self._drained():
-                self._turn(self.timeout())
+                self._turn(loop, self.timeout())
         finally:
             self._close()
-            ready.set()
+            started.set()
 
-    def _turn(self, timeout: Optional[float]) -> None:
+    # -- a turn
+
+    def _turn(self, loop: Loop, timeout: Optional[float]) -> None:
         """One poll, and a turn for all that is ready."""
-        ready = self._selector.select(timeout)
+        ready = loop.selector.select(timeout)
         self.now = time.monotonic()
         if self.now >= self._next_tick:
-            self.date = formatdate(usegmt=True)
-            self.response_heads.clear()
-        self._busy = True
+            self.responses.begin_second()
+        mailbox = loop.mailbox
+        mailbox.busy = True
         try:
             for key, _ in ready:
                 key.data()
-            if self._resumed:
-                self._continue()
-            if self.now >= self._next_tick:                 # after them: who has sent something is not late
-                self._tick()
+            if self._stop_at < math.inf and not self.stopping:
+                self._begin_stop(loop)
+            if mailbox.requests:
+                self._go_on(mailbox)
+            if loop.timers:
+                loop.call_due_timers(self.now)
+            # after them: who has sent something is not late
+            if self.now >= self._next_tick:
+                self._tick(loop)
         finally:
-            self._busy = False
-            if self._resumed:                               # meanwhile; the next turn is theirs
-                self._wake_up()
+            mailbox.busy = False
+            if mailbox.requests:                            # meanwhile; the next turn is theirs
+                mailbox.ring()
 
-    def _resume(self, request: Request) -> None:
-        self._resumed.append(request)
-        if not self._busy:
-            self._wake_up()
+    def _go_on(self, mailbox: Mailbox) -> None:
+        """Have those requests called again that have been resumed."""
+        for _ in range(len(mailbox.requests)):
+            request = mailbox.requests.popleft()
+            if request._resumed:
+                request._connection.go_on(request)
 
-    def _continue(self) -> None:
-        for _ in range(len(self._resumed)):
-            request = self._resumed.popleft()
-            connection = request._connection
-            if request._resumed and connection.request is request and connection.state is Connection.suspended:
-                connection.turn()
-
-    def _wake_up(self) -> None:
-        """Have the loop come back from its poll, this one or another program's. Any thread."""
-        if not self._waking:
-            self._waking = True
-            with suppress(OSError):                         # it has ended
-                self._wake.send(b"!")
-
-    def _woken_up(self) -> None:
-        self._woken.recv(64)
-        self._waking = False                                # before what was noted meanwhile is looked at
-        if self._stop_at < math.inf and not self.stopping:
-            self._begin_stop()
-
-    def _tick(self) -> None:
+    def _tick(self, loop: Loop) -> None:
         """Once a second: an end to what is over its deadline."""
         self._next_tick = min(self.now + 1, max(self._stop_at, self.now + 0.01))
         late = [connection for connection in self.connections if connection.deadline <= self.now]
         for connection in late[:EXPIRE_BATCH]:
             connection.expire()
-        if len(late) > EXPIRE_BATCH:                        # a pause of 1 ms, then others have a turn
+        # a pause of 1 ms, then others have a turn
+        if len(late) > EXPIRE_BATCH:
             self._next_tick = self.now
-        self._set_accepting(not self.stopping)
-
-    def _set_accepting(self, wanted: bool) -> None:
-        """Watch the listener, or leave it alone for a while."""
-        if wanted != self._accepting:
-            self._accepting = wanted
-            if wanted:
-                self._selector.register(self._listener, READ, self._accept)
-            else:
-                self._selector.unregister(self._listener)
+        loop.set_accepting(not self.stopping, self._accept)
 
     def _accept(self) -> None:
         """Take in those who wait, and answer at once who has sent a request already."""
-        family = int(self._listener.family)
+        loop = self.loop
         for _ in range(ACCEPT_BATCH):
-            try:                                            # what accept() does, without its layer of Python
-                descriptor, peer = self._listener._accept()
-                sock = self.socket_type(family, 1, 0, descriptor)
-            except OSError as error:                        # mostly BlockingIOError: nobody waits any more
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
+            try:
+                sock, peer = loop.listener.accept()
+            # mostly BlockingIOError: nobody waits any more
+            except OSError as error:
+                short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+                if short and not self._make_room():
                     log.error("nobody is taken in for a second: %s", error)
-                    self._set_accepting(False)              # the listener would be readable all the time
+                    # the listener would be readable all the time
+                    loop.set_accepting(False, self._accept)
                 return
-            sock.setblocking(False)
             self.accepted += 1
             connection, before = Connection(self, sock, peer), self.requests
-            room = len(self.connections) < self.max_connections or self._make_room()
+            room = len(self.connections) < self.params.max_open or self._make_room()
             self.connections.add(connection)
-            if not room and not self.tls:
-                connection.refuse(HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
-            connection.turn() if room or not self.tls else connection.close()
-            if self.requests == before and connection.state in (Connection.idle, Connection.greet):
+            if not room:
+                connection.turn_away()
+                continue
+            connection.turn()
+            if self.requests == before and connection.rank() == SILENT:
                 connection.deadline -= DEFER                # it has been silent for so long already
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle longest, or else the one that has been sending a request longest."""
-        rank = {Connection.linger: 0, Connection.greet: 1, Connection.idle: 1, Connection.shake_hands: 2,
-                Connection.receive_head: 2, Connection.receive_content: 2}
+        """Close the connection that has been idle longest, or else the one that has been sending a
+        request longest.
+        """
         for looked in (False, True):
             while self._evictable:
                 deadline, connection = self._evictable.pop()
-                if connection.deadline == deadline and connection.state in rank:
+                if connection.deadline == deadline and connection.rank() < NEVER:
                     connection.close()
                     return True
-            if not looked:                                  # one look at all of them serves for the next 64
-                found = sorted((rank[c.state], c.deadline, id(c), c) for c in self.connections if c.state in rank)
-                self._evictable = [(deadline, connection) for _, deadline, _, connection in found[63::-1]]
+            # one look at all of them serves for the next 64
+            if not looked:
+                found = [(connection.rank(), connection.deadline, id(connection), connection)
+                         for connection in self.connections if connection.rank() < NEVER]
+                found.sort()
+                self._evictable = [
+                    (deadline, connection) for _, deadline, _, connection in found[63::-1]
+                ]
         return False
 
-    def _begin_stop(self) -> None:
+    # -- the end
+
+    def _begin_stop(self, loop: Loop) -> None:
         """What stop() asks for, in the thread that serves."""
-        self.stopping, self._next_tick = True, self.now
-        self._set_accepting(False)
-        self._listener.close()
+        self.stopping = True
+        self._next_tick = self.now
+        loop.stop_listening(self._accept)
         for connection in list(self.connections):
-            if connection.state in (Connection.idle, Connection.greet, Connection.shake_hands):
-                connection.close()
-            elif connection.then is Connection.idle:        # the response is on its way
-                connection.then = Connection.close
+            connection.stop()
 
     def _drained(self) -> bool:
         """stop() has been called; nothing is under way any more, or the grace is over."""
-        return self.stopping and (time.monotonic() >= self._stop_at
-                                  or all(connection.state is Connection.linger for connection in self.connections))
+        if not self.stopping:
+            return False
+        if time.monotonic() >= self._stop_at:
+            return True
+        return all(connection.is_over() for connection in self.connections)
 
     def _close(self) -> None:
         self.stopping = True                                # nobody is taken in for those that go
-        self._set_accepting(False)
-        if self._selector is None:
+        loop = self._loop
+        if loop is None:
             return
+        loop.stop_listening(self._accept)
         for connection in list(self.connections):
             connection.close()
-        for closable in (self._listener, self._woken, self._wake, self._selector, self._poll):
-            closable.close()
-        self._selector = self._serving = None
+        self._loop = None
+        loop.close()
         servers.discard(self)
         self._ended.set()
 
-    def admit(self, raw: bytes, line: bytes, block: bytes, fields: Optional[Fields]) -> Head:
-        """Have a head parsed, that comes whole and in two parts; `fields` if the second is known. It is remembered."""
-        if raw in self.heads.old:
-            return self.heads[raw]
-        head = parse_head(line, block, fields, self.lines, known_methods)
-        if head.scheme not in ("", self.scheme):
-            raise HTTPError(421, "%s is not served here" % head.scheme)
-        if head.fields.expect is None:
-            if fields is None and head.version != "HTTP/1.0":
-                self.sections.keep(block, head.fields)
-            else:
-                self.heads.keep(raw, head)
-        return head
 
-    def response_head(self, status: int, content_type: str, size: int, connection: str) -> bytes:
-        """Status line and fields; the same for the rest of this second. `size`: or CHUNKED, UNTIL_CLOSE."""
-        fields = "Date: %s\r\n%s" % (self.date, connection)
-        if status not in (204, 304):
-            framing = {CHUNKED: "Transfer-Encoding: chunked\r\n", UNTIL_CLOSE: ""}
-            fields += "Content-Type: %s\r\n" % content_type if content_type else ""
-            fields += framing.get(size, "Content-Length: %d\r\n" % size)
-        head = ("HTTP/1.1 %d %s\r\n%s\r\n" % (status, REASONS.get(status, ""), fields)).encode("latin-1")
-        if len(self.response_heads) > 255:
-            self.response_heads.clear()
-        self.response_heads[status, content_type, size, connection] = head
-        return head
+# ---------------------------------------------------------------------------------------------- TLS
 
-    def room(self) -> int:
-        """For a piece of a stream: less if clients do not read much; at least what a writable socket takes whole."""
-        return min(self.params.buf_size, max(512, (self.params.held_size - self.held) // 8))
-
-    def watch(self, connection: Connection, wanted: int) -> None:
-        """Have the selector wait for what the connection waits for."""
-        if connection.state is not Connection.closed:
-            if wanted < HANGUP <= connection.interest:
-                self._selector.unregister(connection.sock)
-                connection.interest = 0
-            change = self._selector.modify if connection.interest else self._selector.register
-            try:
-                if wanted >= HANGUP:                        # which selectors do not know
-                    self._poll.modify(connection.sock.fileno(), select.EPOLLRDHUP if wanted == HANGUP else 0)
-                else:
-                    change(connection.sock, wanted, connection.turn)
-                connection.interest = wanted
-            except OSError as error:                        # the system's limit of watches
-                log.error("%s: closed: %s", connection.peer, error)
-                connection.close()
-
-    def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        if connection.interest and self._selector:          # else _close() has been faster
-            self._selector.unregister(connection.sock)
-        self._set_accepting(not self.stopping)
+class TLSPlan(NamedTuple):
+    """What a priority string comes to on Python's ssl."""
+    versions: tuple[str, ...]       # of TLSv1.2 and TLSv1.3
+    ciphers: tuple[str, ...]        # suites of TLS 1.2 by OpenSSL's names, the best first
+    suites13: tuple[str, ...]       # suites of TLS 1.3 by IANA's names
+    groups: tuple[str, ...]         # by GnuTLS' names, without GROUP-
+    server_preference: bool
+    tickets: bool
+    notes: tuple[str, ...]          # what is not as written, and why
 
 
-# ----------------------------------------------------------------------------------------------------------------- TLS
-# What a priority string comes to on Python's ssl: of "TLSv1.2" and "TLSv1.3"; TLS 1.2 suites, the best first, by
-# OpenSSL's names; TLS 1.3 suites, by IANA's; groups, by GnuTLS', without GROUP-; two bools; what is not as written.
-TLSPlan = namedtuple("TLSPlan", "versions ciphers suites13 groups server_preference tickets notes")
-
-
-NORMAL = {                              # the ordered sets that a priority string works on, as the level NORMAL has them
-    "VERS": "TLS1.3 TLS1.2 TLS1.1 TLS1.0", "MAC": "SHA1 AEAD", "KX": "ECDHE-ECDSA ECDHE-RSA RSA DHE-RSA",
-    "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CCM AES-256-CBC AES-128-GCM AES-128-CCM AES-128-CBC",
-    "SIGN": "RSA-SHA256 RSA-PSS-SHA256 RSA-PSS-RSAE-SHA256 ECDSA-SHA256 ECDSA-SECP256R1-SHA256 EDDSA-ED25519 "
-            "RSA-SHA384 RSA-PSS-SHA384 RSA-PSS-RSAE-SHA384 ECDSA-SHA384 ECDSA-SECP384R1-SHA384 EDDSA-ED448 "
-            "RSA-SHA512 RSA-PSS-SHA512 RSA-PSS-RSAE-SHA512 ECDSA-SHA512 ECDSA-SECP521R1-SHA512 RSA-SHA1 ECDSA-SHA1",
-    "GROUP": "SECP256R1 SECP384R1 SECP521R1 X25519 X448 FFDHE2048 FFDHE3072 FFDHE4096 FFDHE6144 FFDHE8192",
+# The ordered sets that a priority string works on, as the level NORMAL has them.
+NORMAL = {
+    "VERS": "TLS1.3 TLS1.2 TLS1.1 TLS1.0",
+    "MAC": "SHA1 AEAD",
+    "KX": "ECDHE-ECDSA ECDHE-RSA RSA DHE-RSA",
+    "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CCM AES-256-CBC "
+              "AES-128-GCM AES-128-CCM AES-128-CBC",
+    "SIGN": "RSA-SHA256 RSA-PSS-SHA256 RSA-PSS-RSAE-SHA256 ECDSA-SHA256 ECDSA-SECP256R1-SHA256 "
+            "EDDSA-ED25519 RSA-SHA384 RSA-PSS-SHA384 RSA-PSS-RSAE-SHA384 ECDSA-SHA384 "
+            "ECDSA-SECP384R1-SHA384 EDDSA-ED448 RSA-SHA512 RSA-PSS-SHA512 RSA-PSS-RSAE-SHA512 "
+            "ECDSA-SHA512 ECDSA-SECP521R1-SHA512 RSA-SHA1 ECDSA-SHA1",
+    "GROUP": "SECP256R1 SECP384R1 SECP521R1 X25519 X448 "
+             "FFDHE2048 FFDHE3072 FFDHE4096 FFDHE6144 FFDHE8192",
 }
-LEVELS = {                              # what each has instead, but for the signatures: Python's ssl cannot set them
-    "NORMAL": {}, "LEGACY": {}, "PFS": {"KX": "ECDHE-ECDSA ECDHE-RSA DHE-RSA"}, "PERFORMANCE": {
+SECURE = {
+    "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM "
+              "AES-128-GCM AES-128-CBC AES-128-CCM",
+}
+SECURE256 = {
+    "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM",
+    "MAC": "AEAD",
+    "GROUP": "SECP384R1 SECP521R1 FFDHE8192",
+}
+SUITEB192 = {
+    "VERS": "TLS1.2",
+    "CIPHER": "AES-256-GCM",
+    "MAC": "AEAD",
+    "KX": "ECDHE-ECDSA",
+    "GROUP": "SECP384R1",
+}
+# What each level has instead, but for the signatures: Python's ssl cannot set them.
+LEVELS: dict[str, dict[str, str]] = {
+    "NORMAL": {},
+    "LEGACY": {},
+    "PFS": {"KX": "ECDHE-ECDSA ECDHE-RSA DHE-RSA"},
+    "PERFORMANCE": {
         "KX": "RSA ECDHE-ECDSA ECDHE-RSA DHE-RSA",
-        "CIPHER": "AES-128-GCM AES-256-GCM CHACHA20-POLY1305 AES-128-CCM AES-256-CCM AES-128-CBC AES-256-CBC"},
-    "SECURE": {"CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM AES-128-GCM AES-128-CBC AES-128-CCM"},
-    "SECURE192": {"CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM", "MAC": "AEAD",
-                  "GROUP": "SECP384R1 SECP521R1 FFDHE8192"},
-    "SUITEB192": {"VERS": "TLS1.2", "CIPHER": "AES-256-GCM", "MAC": "AEAD", "KX": "ECDHE-ECDSA", "GROUP": "SECP384R1"},
+        "CIPHER": "AES-128-GCM AES-256-GCM CHACHA20-POLY1305 AES-128-CCM AES-256-CCM "
+                  "AES-128-CBC AES-256-CBC",
+    },
+    "SECURE": SECURE,
+    "SECURE128": SECURE,
+    "SECURE192": SECURE256,
+    "SECURE256": SECURE256,
+    "SUITEB192": SUITEB192,
+    "SUITEB128": {**SUITEB192, "CIPHER": "AES-256-GCM AES-128-GCM", "GROUP": "SECP256R1 SECP384R1"},
 }
-LEVELS.update(SECURE128=LEVELS["SECURE"], SECURE256=LEVELS["SECURE192"], SUITEB128={
-    **LEVELS["SUITEB192"], "CIPHER": "AES-256-GCM AES-128-GCM", "GROUP": "SECP256R1 SECP384R1"})
-SUITES = (                              # key exchange unless RSA, cipher, MAC: OpenSSL's name, if there is such a suite
+# Key exchange unless RSA, cipher, MAC: OpenSSL's name, if there is such a suite.
+SUITES = (
     (r"(ECDHE-.+-|)AES-256-GCM AEAD", r"\1AES256-GCM-SHA384"),
     (r"(ECDHE-.+-|)AES-128-GCM AEAD", r"\1AES128-GCM-SHA256"),
     (r"(ECDHE-.+-)CHACHA20-POLY1305 AEAD", r"\1CHACHA20-POLY1305"),
@@ -1881,189 +3575,368 @@ SUITES = (                              # key exchange unless RSA, cipher, MAC: 
     (r"(ECDHE-.+-(?=AES-128)|)AES-(128|256)-CBC SHA256", r"\1AES\2-SHA256"),
     (r"(ECDHE-.+-)AES-256-CBC SHA384", r"\1AES256-SHA384"),
 )
-SUITES13 = {"AES-256-GCM": "TLS_AES_256_GCM_SHA384", "CHACHA20-POLY1305": "TLS_CHACHA20_POLY1305_SHA256",
-            "AES-128-GCM": "TLS_AES_128_GCM_SHA256"}    # in OpenSSL's order
-CURVES = dict(SECP256R1="prime256v1", SECP384R1="secp384r1", SECP521R1="secp521r1", X25519="X25519", X448="X448")
-KEYWORDS = {                            # keyword: the set that it changes, and what it adds or removes there
-    **{kind + "-ALL": (kind, names.split()) for kind, names in NORMAL.items()},
-    **{name if kind in ("CIPHER", "MAC", "KX") else kind + "-" + name: (kind, [name])
-       for kind, names in (*NORMAL.items(), ("CIPHER", "AES-256-CCM-8 AES-128-CCM-8"), ("MAC", "SHA256 SHA384"))
-       for name in names.split()},
-    "VERS-TLS-ALL": ("VERS", NORMAL["VERS"].split()), "GROUP-EC-ALL": ("GROUP", list(CURVES)),
-    "GROUP-DH-ALL": ("GROUP", NORMAL["GROUP"].split()[len(CURVES):])}
+SUITES13 = {                            # in OpenSSL's order
+    "AES-256-GCM": "TLS_AES_256_GCM_SHA384",
+    "CHACHA20-POLY1305": "TLS_CHACHA20_POLY1305_SHA256",
+    "AES-128-GCM": "TLS_AES_128_GCM_SHA256",
+}
+CURVES = {                              # GnuTLS' name: OpenSSL's
+    "SECP256R1": "prime256v1",
+    "SECP384R1": "secp384r1",
+    "SECP521R1": "secp521r1",
+    "X25519": "X25519",
+    "X448": "X448",
+}
+
+
+def keywords() -> dict[str, tuple[str, list[str]]]:
+    """Keyword: the set that it changes, and what it adds or removes there."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for kind, names in (
+        *NORMAL.items(),
+        ("CIPHER", "AES-256-CCM-8 AES-128-CCM-8"),
+        ("MAC", "SHA256 SHA384"),
+    ):
+        for name in names.split():
+            bare = kind in ("CIPHER", "MAC", "KX")
+            found[name if bare else kind + "-" + name] = kind, [name]
+    for kind, names in NORMAL.items():
+        found[kind + "-ALL"] = kind, names.split()
+    found["VERS-TLS-ALL"] = "VERS", NORMAL["VERS"].split()
+    found["GROUP-EC-ALL"] = "GROUP", list(CURVES)
+    found["GROUP-DH-ALL"] = "GROUP", NORMAL["GROUP"].split()[len(CURVES):]
+    return found
+
+
+KEYWORDS = keywords()
 REFUSED = "NULL|RSA-EXPORT|ARCFOUR-40|RC2-40|((EC)?DHE-|RSA-)?PSK|SRP(-RSA|-DSS)?|ANON-(EC)?DH"
-SKIPPED = REFUSED + r"""| VERS-(SSL3\.0|DTLS(0\.9|1\.[02]|-ALL)) | DHE-DSS | MD5 | SHA(224|512)
-    | (3DES|DES|AES-192|CAMELLIA-(128|192|256))-CBC | (AES-192|CAMELLIA-(128|256))-GCM | GROUP-(SECP(192|224)R1|GC.+)
-    | ARCFOUR-128 | SIGN-((RSA|DSA|ECDSA)-SHA(3-)?(1|224|256|384|512) | RSA-(RAW|RMD160|MD[25])) | .*GOST.*
+SKIPPED = REFUSED + r"""
+    | VERS-(SSL3\.0|DTLS(0\.9|1\.[02]|-ALL)) | DHE-DSS | MD5 | SHA(224|512) | ARCFOUR-128
+    | (3DES|DES|AES-192|CAMELLIA-(128|192|256))-CBC | (AES-192|CAMELLIA-(128|256))-GCM
+    | GROUP-(SECP(192|224)R1|GC.+)
+    | SIGN-((RSA|DSA|ECDSA)-SHA(3-)?(1|224|256|384|512) | RSA-(RAW|RMD160|MD[25])) | .*GOST.*
     | COMP-.* | CTYPE-((CLI-|SRV-)?(ALL|X\.?509|RAWPK) | OPENPGP)"""
-OPTIONS = (                             # none for more than PROFILE_MEDIUM, which is OpenSSL's security level 2
-    "SERVER_PRECEDENCE|NO_(TICKETS(_TLS12)?|EXTENSIONS|ETM|SESSION_HASH)|((UN|DISABLE_)?SAFE|PARTIAL)_RENEGOTIATION|"
-    "COMPAT|NEW_PADDING|STATELESS_COMPRESSION|(LATEST|SSL3)_RECORD_VERSION|ALLOW_SMALL_RECORDS|FALLBACK_SCSV|DUMBFW|"
-    "DISABLE_(WILDCARDS|TLS13_COMPAT_MODE)|DEBUG_ALLOW_KEY_USAGE_VIOLATIONS|PROFILE_(VERY_WEAK|LOW|LEGACY|MEDIUM)|"
-    "VERIFY_(ALLOW_(BROKEN|SIGN_RSA_MD5|SIGN_WITH_SHA1|X509_V1_CA_CRT)|DISABLE_CRL_CHECKS)")
+# None asks for more than PROFILE_MEDIUM, which is OpenSSL's security level 2.
+OPTIONS = (
+    "SERVER_PRECEDENCE|NO_(TICKETS(_TLS12)?|EXTENSIONS|ETM|SESSION_HASH)|"
+    "((UN|DISABLE_)?SAFE|PARTIAL)_RENEGOTIATION|COMPAT|NEW_PADDING|STATELESS_COMPRESSION|"
+    "(LATEST|SSL3)_RECORD_VERSION|ALLOW_SMALL_RECORDS|FALLBACK_SCSV|DUMBFW|"
+    "DISABLE_(WILDCARDS|TLS13_COMPAT_MODE)|DEBUG_ALLOW_KEY_USAGE_VIOLATIONS|"
+    "PROFILE_(VERY_WEAK|LOW|LEGACY|MEDIUM)|"
+    "VERIFY_(ALLOW_(BROKEN|SIGN_RSA_MD5|SIGN_WITH_SHA1|X509_V1_CA_CRT)|DISABLE_CRL_CHECKS)"
+)
 EXAMPLE = "for example NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"
 
 
-def _read_item(sets, sign, word, replace):
-    """Have an item change the sets. Returns what there is to note; ConfigError says what is wrong."""
-    if sign in ("", "+") and word in LEVELS:
+class Priority:
+    """A priority string on its way through GnuTLS' rules: ordered sets by kind, changed item by
+    item.
+    """
+
+    def __init__(self, none: bool) -> None:
+        self.sets: dict[str, dict[str, None]] = {}      # dicts for their order
+        for kind, names in NORMAL.items():
+            starts_full = kind in ("VERS", "SIGN", "GROUP") and not none
+            self.sets[kind] = dict.fromkeys(names.split() if starts_full else ())
+        self.replace = not none         # the first level without a sign replaces what is there
+        self.words: set[str] = set()
+        self.notes: list[str] = []
+
+    def read(self, sign: str, word: str) -> str:
+        """Have an item change the sets. Returns what there is to note; ConfigError says what is
+        wrong.
+        """
+        self.words.add(word)
+        if sign in ("", "+") and word in LEVELS:
+            self.apply_level(sign, word)
+        elif sign in ("+", "-") and word in KEYWORDS:
+            self.apply_keyword(sign, word)
+        elif sign == "%":
+            if not re.fullmatch(OPTIONS, word):
+                raise ConfigError(
+                    "is unknown, or cannot be enforced with Python's ssl: leave it out"
+                )
+        elif sign in ("+", "-"):
+            return read_unsupported(sign, word)
+        else:
+            refuse_item(sign, word)
+        return ""
+
+    def apply_level(self, sign: str, word: str) -> None:
         for kind, names in {**NORMAL, "VERS": "", **LEVELS[word]}.items():
-            kept = {} if replace and names and not sign else sets[kind]
-            sets[kind] = {**kept, **dict.fromkeys(names.split())}
-    elif sign in ("+", "-") and word in KEYWORDS:
+            added = dict.fromkeys(names.split())
+            if self.replace and names and not sign:
+                self.sets[kind] = added
+            else:
+                self.sets[kind] = {**self.sets[kind], **added}
+        if not sign:
+            self.replace = False
+
+    def apply_keyword(self, sign: str, word: str) -> None:
         kind, names = KEYWORDS[word]
-        others = {} if word == kind + "-ALL" else {name: None for name in sets[kind] if name not in names}
-        sets[kind] = {**sets[kind], **dict.fromkeys(names)} if sign == "+" else others
-    elif sign == "%":
-        if not re.fullmatch(OPTIONS, word):
-            raise ConfigError("is unknown, or cannot be enforced with Python's ssl: leave it out")
-    elif sign == "+" and re.fullmatch(REFUSED, word):
+        if sign == "+":
+            self.sets[kind] = {**self.sets[kind], **dict.fromkeys(names)}
+        elif word == kind + "-ALL":
+            self.sets[kind] = {}
+        else:
+            kept = [name for name in self.sets[kind] if name not in names]
+            self.sets[kind] = dict.fromkeys(kept)
+
+
+def read_unsupported(sign: str, word: str) -> str:
+    """A keyword that Python's ssl has nothing for: what there is to note."""
+    if sign == "+" and re.fullmatch(REFUSED, word):
         raise ConfigError("is refused: connections need encryption and a certificate")
-    elif sign in ("+", "-") and re.fullmatch(SKIPPED, word, re.VERBOSE):
+    if re.fullmatch(SKIPPED, word, re.VERBOSE):
         noted = sign == "+" and not word.startswith(("COMP-", "CTYPE-"))
-        return "skipped, Python's ssl has nothing of the kind" if noted else ""
-    elif sign in ("+", "-") and word.startswith(("CIPHER-", "MAC-", "KX-")):
+        if noted:
+            return "skipped, Python's ssl has nothing of the kind"
+        return ""
+    if word.startswith(("CIPHER-", "MAC-", "KX-")):
         return "ignored, as by GnuTLS" + nearest(word.partition("-")[2], KEYWORDS)
-    elif sign == "@" and not word.startswith(("SECLEVEL", "STRENGTH")):
-        raise ConfigError("there is no system priority file here: write the string itself, " + EXAMPLE)
-    elif not sign and (not word or word in KEYWORDS or word == "NONE"):
-        raise ConfigError("needs + or -, or to be first" if word else 'is empty: fill it in or take out a ":"')
-    else:
-        hint = nearest(word, KEYWORDS if sign else LEVELS)
-        raise ConfigError("is unknown" + (hint or "; if it is OpenSSL's language, write it in GnuTLS', " + EXAMPLE))
+    refuse_item(sign, word)
     return ""
 
 
-def _read_priority(text):
-    """The sets, in dicts for the order, as GnuTLS reads the string; all words; the notes."""
+def refuse_item(sign: str, word: str) -> None:
+    """ConfigError for what is no item of a priority string."""
+    if sign == "@" and not word.startswith(("SECLEVEL", "STRENGTH")):
+        raise ConfigError(
+            "there is no system priority file here: write the string itself, " + EXAMPLE
+        )
+    if not sign and not word:
+        raise ConfigError('is empty: fill it in or take out a ":"')
+    if not sign and (word in KEYWORDS or word == "NONE"):
+        raise ConfigError("needs + or -, or to be first")
+    hint = nearest(word, KEYWORDS if sign else LEVELS)
+    raise ConfigError(
+        "is unknown" + (hint or "; if it is OpenSSL's language, write it in GnuTLS', " + EXAMPLE)
+    )
+
+
+def read_priority(text: str) -> Priority:
+    """The sets as GnuTLS reads the string."""
     items = [item.lstrip(" ") for item in text.lstrip().split(":")]
     none = items[0].upper() == "NONE"
-    sets = {kind: dict.fromkeys(names.split() if kind in ("VERS", "SIGN", "GROUP") and not none else ())
-            for kind, names in NORMAL.items()}
-    replace, words, notes = not none, set(), []
+    priority = Priority(none)
     for number, item in enumerate(items, 1):
-        sign, word = re.fullmatch("([-+!%@]?)(.*)", item, re.DOTALL).groups()
-        sign, word = sign.replace("!", "-"), word if sign == "%" else re.sub("^CURVE-", "GROUP-", word.upper())
+        if none and number == 1:
+            continue
+        sign, word = "", item
+        if item.startswith(tuple("-+!%@")):
+            sign, word = item[0], item[1:]
+        if sign != "%":
+            word = re.sub("^CURVE-", "GROUP-", word.upper())
         try:
-            note = _read_item(sets, sign, word, replace) if number > 1 or not none else ""
+            note = priority.read(sign.replace("!", "-"), word)
         except ConfigError as error:
-            raise ConfigError('tls_ciphers item %d, "%s": %s' % (number, item, error)) from None
-        replace = replace and (bool(sign) or word not in LEVELS)        # only the first level without a sign does
-        words.add(word)
-        notes += ['item %d, "%s": %s' % (number, item, note)] if note else []
-    return sets, words, notes
+            raise ConfigError(
+                'tls_ciphers item %d, "%s": %s' % (number, item, error), "tls_ciphers"
+            ) from None
+        if note:
+            priority.notes.append('item %d, "%s": %s' % (number, item, note))
+    return priority
 
 
-def _resolve(sets, words):
-    """GnuTLS' rules: the protocols, and the suites of TLS 1.2 (OpenSSL's names, no DHE) and 1.3 that Python has."""
+def protocols_of(priority: Priority) -> list[str]:
+    """The protocols that GnuTLS would offer."""
+    sets = priority.sets
     protocols = [name for name in sets["VERS"] if sets["SIGN"] or name < "TLS1.2"]
     gap = "TLS1.2" not in protocols and ("TLS1.1" in protocols or "TLS1.0" in protocols)
-    if gap or not sets["GROUP"] or "NO_EXTENSIONS" in words:
+    if gap or not sets["GROUP"] or "NO_EXTENSIONS" in priority.words:
         protocols = [name for name in protocols if name != "TLS1.3"]
-    triples = ["%s%s %s" % ((exchange + "-") * (exchange != "RSA"), cipher, mac)
-               for exchange in sets["KX"] for cipher in sets["CIPHER"] for mac in sets["MAC"]]
-    suites = [re.sub(pattern, name, triple) for triple in triples
-              for pattern, name in SUITES if re.fullmatch(pattern, triple)]
-    suites13 = [SUITES13[name] for name in sets["CIPHER"] if name in SUITES13 and "AEAD" in sets["MAC"]]
-    return protocols, {"TLSv1.2": suites * ("TLS1.2" in protocols), "TLSv1.3": suites13 * ("TLS1.3" in protocols)}
+    return protocols
 
 
-def _curves(versions, groups):
-    """The groups to be set, by OpenSSL's names; none if its default is right, where FFDHE is for TLS 1.3 only."""
+def suites_of(priority: Priority, protocols: Collection[str]) -> dict[str, list[str]]:
+    """The suites of TLS 1.2 (OpenSSL's names, no finite-field DHE) and 1.3 that Python has."""
+    sets = priority.sets
+    suites: list[str] = []
+    if "TLS1.2" in protocols:
+        for exchange in sets["KX"]:
+            prefix = "" if exchange == "RSA" else exchange + "-"
+            for cipher in sets["CIPHER"]:
+                for mac in sets["MAC"]:
+                    suites += suites_named("%s%s %s" % (prefix, cipher, mac))
+    suites13: list[str] = []
+    if "TLS1.3" in protocols and "AEAD" in sets["MAC"]:
+        suites13 = [SUITES13[name] for name in sets["CIPHER"] if name in SUITES13]
+    if not any(name in CURVES for name in sets["GROUP"]):
+        suites = [name for name in suites if not name.startswith("ECDHE-")]
+        suites13 = []
+    return {"TLSv1.2": suites, "TLSv1.3": suites13}
+
+
+def suites_named(triple: str) -> list[str]:
+    """OpenSSL's name for key exchange, cipher and MAC, if it has them."""
+    return [
+        re.sub(pattern, name, triple) for pattern, name in SUITES if re.fullmatch(pattern, triple)
+    ]
+
+
+def curves_to_set(versions: Collection[str], groups: Collection[str]) -> list[str]:
+    """The groups to be set, by OpenSSL's names; none if its default is right, where FFDHE is for
+    TLS 1.3 only.
+    """
     default = {name for name in NORMAL["GROUP"].split() if name in CURVES or "TLSv1.3" in versions}
-    return [] if default <= set(groups) else [CURVES[name] for name in groups if name in CURVES]
+    if default <= set(groups):
+        return []
+    return [CURVES[name] for name in groups if name in CURVES]
+
+
+def check_suites13(suites: list[str]) -> bool:
+    """Whether the suites of TLS 1.3 are a part that the server's preference enforces; ConfigError
+    for another part.
+    """
+    best = list(SUITES13.values())[:len(suites)]
+    if set(suites) != set(best):
+        raise ConfigError(
+            "tls_ciphers: Python's ssl cannot offer only %s for TLS 1.3: enable %s, "
+            "or write -VERS-TLS1.3"
+            % (" and ".join(suites), ", ".join(SUITES13)),
+            "tls_ciphers",
+        )
+    return 0 < len(suites) < len(SUITES13)
 
 
 def tls_priority(text: str) -> TLSPlan:
-    """Read a GnuTLS priority string as `gnutls-cli -l --priority` 3.7.9 does; finite-field DHE is never offered.
-    ConfigError: a mistake, nothing left, or a restriction that Python's ssl cannot enforce."""
-    sets, words, notes = _read_priority(text)
-    protocols, suites = _resolve(sets, words)
-    curves = [name for name in sets["GROUP"] if name in CURVES]
-    if not curves:
-        suites = {"TLSv1.2": [name for name in suites["TLSv1.2"] if not name.startswith("ECDHE-")], "TLSv1.3": []}
-    versions = [version for version in suites if suites[version]]
+    """Read a GnuTLS priority string as `gnutls-cli -l --priority` 3.7.9 does; finite-field DHE is
+    never offered.
+
+    ConfigError: a mistake, nothing left, or a restriction that Python's ssl cannot enforce.
+    """
+    priority = read_priority(text)
+    words, notes = priority.words, priority.notes
+    groups = tuple(priority.sets["GROUP"])
+    protocols = protocols_of(priority)
+    suites = suites_of(priority, protocols)
+    versions = tuple(version for version in suites if suites[version])
     if not versions:
-        raise ConfigError("tls_ciphers: leaves nothing of TLS 1.2 and 1.3 that Python's ssl could offer, " + EXAMPLE)
-    partial = 0 < len(suites["TLSv1.3"]) < len(SUITES13)        # is enforceable, if it is what OpenSSL would prefer:
-    if set(suites["TLSv1.3"]) != set(list(SUITES13.values())[:len(suites["TLSv1.3"])]):
-        raise ConfigError("tls_ciphers: Python's ssl cannot offer only %s for TLS 1.3: enable %s, or write -VERS-TLS1.3"
-                          % (" and ".join(suites["TLSv1.3"]), ", ".join(SUITES13)))
-    notes += ["%s: skipped, too old or no suite left" % name for name in protocols if "TLSv" + name[3:] not in versions]
+        raise ConfigError(
+            "tls_ciphers: leaves nothing of TLS 1.2 and 1.3 that Python's ssl could offer, "
+            + EXAMPLE,
+            "tls_ciphers",
+        )
+    partial = check_suites13(suites["TLSv1.3"])
+    for name in protocols:
+        if "TLSv" + name[3:] not in versions:
+            notes.append("%s: skipped, too old or no suite left" % name)
     if re.search(r"\b(SIGN-(?!ALL)|SECURE192|SECURE256|SUITEB)", " ".join(words)):
         notes.append("signatures: as OpenSSL likes, Python's ssl cannot restrict them")
-    if len(_curves(versions, sets["GROUP"])) > 1:
-        notes.append("groups: before Python 3.15, which can set several, only %s" % curves[0])
-    return TLSPlan(tuple(versions), tuple(suites["TLSv1.2"]), tuple(suites["TLSv1.3"]), tuple(sets["GROUP"]),
-                   partial or "SERVER_PRECEDENCE" in words, not words & {"PFS", "NO_TICKETS", "NO_TICKETS_TLS12"},
-                   tuple(notes))
+    if len(curves_to_set(versions, groups)) > 1:
+        first = next(name for name in groups if name in CURVES)
+        notes.append("groups: before Python 3.15, which can set several, only %s" % first)
+    tickets = words.isdisjoint(("PFS", "NO_TICKETS", "NO_TICKETS_TLS12"))
+    return TLSPlan(versions, tuple(suites["TLSv1.2"]), tuple(suites["TLSv1.3"]), groups,
+                   partial or "SERVER_PRECEDENCE" in words, tickets, tuple(notes))
 
 
-PARTIAL_CHAIN = 0x80000                 # ssl.VERIFY_X509_PARTIAL_CHAIN, which has a name from Python 3.10 on
-HINTS = {                               # OpenSSL's reason: what it means here
-    **dict.fromkeys(("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"), "the key does not belong to the certificate"),
-    "EE_KEY_TOO_SMALL": "the key is too weak: make one of RSA with 2048 bits, or of ECDSA with P-256",
-    "NO_SHARED_CIPHER": "no client could connect: tls_ciphers has no suite for the certificate's type of key",
+# ssl.VERIFY_X509_PARTIAL_CHAIN, which has a name from Python 3.10 on
+PARTIAL_CHAIN = 0x80000
+_MISMATCH = "the key does not belong to the certificate"
+HINTS = {  # OpenSSL's reason: what it means here
+    "KEY_VALUES_MISMATCH": _MISMATCH,
+    "NO_CERTIFICATE_ASSIGNED": _MISMATCH,
+    "EE_KEY_TOO_SMALL": "the key is too weak: make one of RSA with 2048 bits, or of "
+                         "ECDSA with P-256",
+    "NO_SHARED_CIPHER": "no client could connect: tls_ciphers has no suite for the "
+                        "certificate's type of key",
     "UNKNOWN_GROUP": "Python before 3.11 cannot set X25519 and X448: put another group first",
 }
 
 
-def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> Any:
-    """An ssl.SSLContext for the plan, less what OpenSSL's security level hides; `ca_file`: clients need certificates.
-    ConfigError: a file that will not do, or no client could connect. Warns of an open key, an expired certificate."""
-    import ssl                              # here, since plain HTTP shall not pay for it
-    subject, context = "tls_ciphers", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "") -> ssl.SSLContext:
+    """An ssl.SSLContext for the plan, less what OpenSSL's security level hides; `ca_file`: clients
+    need certificates.
+
+    ConfigError: a file that will not do, or no client could connect. Warns of an open key, an
+    expired certificate.
+    """
+    import ssl                          # 8 ms that plain HTTP need not pay
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion[plan.versions[0].replace(".", "_")]
     context.maximum_version = ssl.TLSVersion[plan.versions[-1].replace(".", "_")]
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if not plan.server_preference:
         context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    if not plan.tickets:                    # with OP_NO_TICKET alone, TLS 1.3 sends handles of state that it keeps
-        context.options, context.num_tickets = context.options | ssl.OP_NO_TICKET, 0
+    # with OP_NO_TICKET alone, TLS 1.3 sends handles of state that it keeps
+    if not plan.tickets:
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
-    curves = _curves(plan.versions, plan.groups)
-    try:
-        if plan.ciphers:
-            context.set_ciphers(":".join(plan.ciphers))     # names, never a string that OpenSSL would interpret
-        if len(curves) > 1 and hasattr(context, "set_groups"):
-            context.set_groups(":".join(curves))
-        elif curves:
-            context.set_ecdh_curve(curves[0])
-        _check_pem("tls_cert_file", cert_file, b"CERTIFICATE")
-        _check_pem("tls_key_file", key_file, b"PRIVATE KEY")
-        subject = "tls_cert_file %s with tls_key_file %s" % (cert_file, key_file)
-        context.load_cert_chain(cert_file, key_file, password="")       # without one, OpenSSL would ask the terminal
-        _try_handshake(context, cert_file)
-        if ca_file:
-            subject = "tls_ca_file %s" % ca_file
-            _check_pem("tls_ca_file", ca_file, b"CERTIFICATE")
+    with explained("tls_ciphers", "tls_ciphers"):
+        set_algorithms(context, plan)
+    check_pem("tls_cert_file", cert_file, b"CERTIFICATE")
+    check_pem("tls_key_file", key_file, b"PRIVATE KEY")
+    with explained(
+        "tls_cert_file", "tls_cert_file %s with tls_key_file %s" % (cert_file, key_file)
+    ):
+        # without one, OpenSSL would ask the terminal
+        context.load_cert_chain(cert_file, key_file, password="")
+        try_handshake(context, cert_file)
+    if ca_file:
+        check_pem("tls_ca_file", ca_file, b"CERTIFICATE")
+        with explained("tls_ca_file", "tls_ca_file %s" % ca_file):
             context.load_verify_locations(ca_file)
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.verify_flags |= PARTIAL_CHAIN           # an intermediate CA will do
-    except OSError as error:                                # SSLError, or a file has gone since _check_pem()
-        hint = HINTS.get(getattr(error, "reason", None), "damaged? OpenSSL says %s" % error)
-        raise ConfigError("%s: %s" % (subject, hint)) from None
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= PARTIAL_CHAIN           # an intermediate CA will do
     return context
 
 
-def _check_pem(parameter, path, kind):
+@contextmanager
+def explained(parameter: str, subject: str) -> Iterator[None]:
+    """What OpenSSL says, as a ConfigError that says what to do."""
+    try:
+        yield
+    # SSLError, or a file has gone since check_pem()
+    except OSError as error:
+        reason = getattr(error, "reason", None) or ""
+        hint = HINTS.get(reason, "damaged? OpenSSL says %s" % error)
+        raise ConfigError("%s: %s" % (subject, hint), parameter) from None
+
+
+def set_algorithms(context: ssl.SSLContext, plan: TLSPlan) -> None:
+    curves = curves_to_set(plan.versions, plan.groups)
+    set_groups = getattr(context, "set_groups", None)   # from Python 3.15 on
+    if plan.ciphers:
+        # names, never a string that OpenSSL would interpret
+        context.set_ciphers(":".join(plan.ciphers))
+    if len(curves) > 1 and set_groups is not None:
+        set_groups(":".join(curves))
+    elif curves:
+        context.set_ecdh_curve(curves[0])
+
+
+def check_pem(parameter: str, path: str, kind: bytes) -> None:
     """load_cert_chain() does not say which file it dislikes."""
     try:
         with open(path, "rb") as file:
             content, mode = file.read(), os.fstat(file.fileno()).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError("%s: %s cannot be read: %s" % (parameter, path, reason)) from None
+        raise ConfigError(
+            "%s: %s cannot be read: %s" % (parameter, path, reason), parameter
+        ) from None
     if not re.search(b"-----BEGIN [A-Z0-9 ]*%s-----" % kind, content):
-        raise ConfigError("%s: %s has no BEGIN %s: is it the right file, in PEM?" % (parameter, path, kind.decode()))
-    if kind == b"PRIVATE KEY" and re.search(b"BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED", content):
-        raise ConfigError("%s: %s is encrypted: remove the password with `openssl pkey`" % (parameter, path))
-    if kind == b"PRIVATE KEY" and mode & 0o004:
-        log.warning("%s: %s can be read by everybody: chmod o-r", parameter, path)
+        raise ConfigError(
+            "%s: %s has no BEGIN %s: is it the right file, in PEM?"
+            % (parameter, path, kind.decode()),
+            parameter,
+        )
+    if kind == b"PRIVATE KEY":
+        if re.search(b"BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED", content):
+            raise ConfigError(
+                "%s: %s is encrypted: remove the password with `openssl pkey`" % (parameter, path),
+                parameter,
+            )
+        if mode & 0o004:
+            log.warning("%s: %s can be read by everybody: chmod o-r", parameter, path)
 
 
-def _try_handshake(context, cert_file):
-    """Have a client that takes all suites begin a handshake, until it has checked the certificate."""
+def try_handshake(context: ssl.SSLContext, cert_file: str) -> None:
+    """Have a client that takes all suites begin a handshake, until it has checked the
+    certificate.
+    """
     import ssl
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -2071,22 +3944,59 @@ def _try_handshake(context, cert_file):
     client.load_verify_locations(cert_file)
     client.set_ciphers("ALL:@SECLEVEL=0")
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    asking, answering = client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
+    asking = client.wrap_bio(down, up)
+    answering = context.wrap_bio(up, down, server_side=True)
     try:
-        for end in asking, answering, asking:
+        for side in (asking, answering, asking):
             with suppress(ssl.SSLWantReadError):
-                end.do_handshake()
+                side.do_handshake()
     except ssl.SSLCertVerificationError as error:
-        log.warning("tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message)
+        log.warning(
+            "tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- mi_http
+def tls_transport(params: Limits) -> Transport:
+    """HTTPS, with the certificate, key and CA that are in the files now; ConfigError."""
+    import ssl
+    plan = tls_priority(params.tls_ciphers)
+    if plan.notes:
+        skipped = any("skipped" in note for note in plan.notes)
+        log.log(
+            logging.WARNING if skipped else logging.INFO, "tls_ciphers: %s", "; ".join(plan.notes)
+        )
+    context = tls_context(plan, params.tls_cert_file, params.tls_key_file, params.tls_ca_file)
+
+    class RecordSocket(ssl.SSLSocket):
+        """Sends a record of 16 KiB at a time: what of a larger piece has left when it blocks, ssl
+        does not tell.
+        """
+
+        def send(self, data: Any, flags: int = 0) -> int:
+            return super().send(data[:RECEIVE_SIZE], flags)
+
+    context.sslsocket_class = RecordSocket
+    would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+    wants: dict[type[Exception], int] = {ssl.SSLWantReadError: READ, ssl.SSLWantWriteError: WRITE}
+    return Transport("https", greet, would_block, wants, context, plan)
+
+
+checks["priority"] = tls_priority
+transports["https"] = tls_transport
+
+
+# ------------------------------------------------------------------------------------------ mi_http
 # OpenSIPS' management interface: JSON-RPC 2.0 by POST, and the commands that every server has.
 
 class Pool:
-    """A few threads for what takes long. They start when there is work, and do not keep the program from ending."""
-    def __init__(self, size: int):
-        self.size, self.started, self.jobs = size, 0, queue.SimpleQueue()
+    """A few threads for what takes long. They start when there is work, and do not keep the program
+    from ending.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.started = 0
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have a thread do it. It sees to its own exceptions."""
@@ -2097,219 +4007,442 @@ class Pool:
 
     def _work(self) -> None:
         while True:
-            self.jobs.get()()
+            job = self.jobs.get()
+            job()
+            del job                     # it holds a request until the next one comes
 
 
-PENDING, MI_WAITING = object(), 1000        # the place of an answer that a thread is to bring; so many of them wait
-mi_commands: dict[str, tuple[Callable, bool]] = {}          # name -> the function; it wants a thread
+class Command(NamedTuple):
+    """An MI command."""
+    function: Callable[..., Any]
+    threads: bool                       # it wants a thread of the pool
+
+
+class Call(NamedTuple):
+    """One JSON-RPC request, as far as it is one."""
+    valid: bool
+    method: str
+    command: Optional[Command]
+    params: Any                         # a list or a dict
+    ident: str                          # for the answer, as JSON
+    answered: bool                      # it is no notification
+
+
+class MIError(Exception):
+    """A JSON-RPC error."""
+
+    def __init__(self, code: int, message: str, data: str = "") -> None:
+        super().__init__(code, message, data)
+        self.code = code
+        self.message = message
+        self.data = data
+
+
+MI_WAITING = 1000                       # commands that wait for a thread, at most
+mi_commands: dict[str, Command] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-json_decoder = json.JSONDecoder(parse_constant=int)         # NaN and Infinity are no JSON: int() raises ValueError
+# NaN and Infinity are no JSON: int() raises ValueError
+json_decoder = json.JSONDecoder(parse_constant=int)
 _INT = "-?(0|[1-9][0-9]{0,17})"
-NUMBERS = {**dict.fromkeys((int, "int"), _INT), **dict.fromkeys((float, "float"), _INT + "([.][0-9]{1,17})?")}
+_FLOAT = _INT + "([.][0-9]{1,17})?"
+# by annotation, which may be text
+NUMBERS = {int: _INT, "int": _INT, float: _FLOAT, "float": _FLOAT}
 STARTED = time.time()
+PARSE_ERROR = '{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
 
 
-def decode_json(text: str) -> Any:
-    """One value and nothing else; ValueError. Most clients send no blanks around it: that is half the price."""
-    if text[:1] == "{" and text[-1:] == "}":
-        value, end = json_decoder.raw_decode(text)
-        if end == len(text):
-            return value
-    return json_decoder.decode(text)
+def register_mi(name: str, function: Callable[..., Any], *, threads: bool = False) -> None:
+    """Add an MI command: a function that returns what JSON can say. Its signature is the command's
+    parameter list.
 
-
-def register_mi(name: str, function: Callable, *, threads: bool = False) -> None:
-    """Add an MI command: a function that returns what JSON can say. Its signature is the command's parameter list; text
-    for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog") is an error of its own.
-    With threads=True it runs in one of the few threads of mi_http, else in the server's, and nobody else is served
-    meanwhile. ConfigError: the name is taken. Any thread."""
+    Text for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog")
+    is an error of its own. With threads=True it runs in one of the few threads of mi_http, else in
+    the server's, and nobody else is served meanwhile. ConfigError: the name is taken. Any thread.
+    """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
-        raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
-    mi_commands[name] = function, threads
+        raise ConfigError(
+            'MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name
+        )
+    mi_commands[name] = Command(function, threads)
 
 
-mi_pool = cache(lambda: Pool(in_force("mi_http")["threads"]))
-mi_signature = cache(lambda function: import_module("inspect").signature(function))     # which takes 10 ms to import
-needs_nothing = cache(lambda call: all(p.default is not p.empty for p in mi_signature(call).parameters.values()))
+@functools.lru_cache(maxsize=None)
+def mi_pool() -> Pool:
+    """The threads for commands that want one. They are made when the first one comes."""
+    return Pool(in_force("mi_http")["threads"])
 
 
-def bind_parameters(function: Callable, given: Any) -> Callable[[], Any]:
-    """The command with its parameters; TypeError if they are not what its signature says."""
+@functools.lru_cache(maxsize=None)
+def mi_signature(function: Callable[..., Any]) -> inspect.Signature:
+    import inspect                      # 10 ms
+    return inspect.signature(function)
+
+
+@functools.lru_cache(maxsize=None)
+def needs_nothing(function: Callable[..., Any]) -> bool:
+    """Whether it can be called without an argument."""
+    parameters = mi_signature(function).parameters.values()
+    return all(parameter.default is not parameter.empty for parameter in parameters)
+
+
+def call_command(function: Callable[..., Any], given: Any) -> Any:
+    """What a command returns. MIError if the parameters are not what its signature says."""
     if not given and needs_nothing(function):
-        return function
-    bound = mi_signature(function).bind(*given) if isinstance(given, list) else mi_signature(function).bind(**given)
-    for name, value in bound.arguments.items():
-        pattern = NUMBERS.get(bound.signature.parameters[name].annotation)
-        if pattern and isinstance(value, str):
-            if not re.fullmatch(pattern, value):
-                raise TypeError("%s must be a number, not %r" % (name, value))
-            bound.arguments[name] = json.loads(value)
-    return lambda: function(*bound.args, **bound.kwargs)
-
-
-def call_mi(call: Any, in_thread: bool = False) -> Any:
-    """Carry out one JSON-RPC request. Returns the response; None for a notification; PENDING if it wants a thread."""
-    call = call if isinstance(call, dict) else {"id": None}
-    ident, method, given, data = call.get("id"), call.get("method"), call.get("params", {}), None
-    if ident in (math.inf, -math.inf) or isinstance(ident, (bool, dict, list)):
-        ident = call["jsonrpc"] = None
+        return function()
+    signature = mi_signature(function)
     try:
-        if call.get("jsonrpc") != "2.0" or not isinstance(method, str) or not isinstance(given, (dict, list)):
-            call["id"] = ident                              # answered even if it has none
-            raise HTTPError(-32600, "Invalid Request")
-        if method not in mi_commands:
-            raise HTTPError(-32601, "Method not found")
-        function, threads = mi_commands[method]
-        if threads and not in_thread:
-            require(mi_pool().jobs.qsize() < MI_WAITING, -32000, "Too many commands wait for a thread")
-            return PENDING
-        try:
-            bound = bind_parameters(function, given)
-        except TypeError as error:
-            data = str(error)
-            raise HTTPError(-32602, "Invalid params") from None
-        member, value = "result", encode_json(bound())
+        if isinstance(given, list):
+            bound = signature.bind(*given)
+        else:
+            bound = signature.bind(**given)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = convert_argument(
+                name, value, signature.parameters[name].annotation
+            )
+    except TypeError as error:
+        raise MIError(-32602, "Invalid params", str(error)) from None
+    return function(*bound.args, **bound.kwargs)
+
+
+def convert_argument(name: str, value: Any, annotation: Any) -> Any:
+    """opensips-cli sends every value as text: a number, where the command wants one."""
+    pattern = NUMBERS.get(annotation) if isinstance(value, str) else None
+    if pattern is None:
+        return value
+    if not re.fullmatch(pattern, value):
+        raise TypeError("%s must be a number, not %r" % (name, value))
+    return json.loads(value)
+
+
+def read_call(value: Any) -> Call:
+    """One member of a batch, or what is no batch."""
+    if not isinstance(value, dict):
+        return Call(False, "", None, {}, "null", True)
+    ident = value.get("id")
+    method = value.get("method")
+    given = value.get("params", {})
+    sound = not isinstance(ident, (bool, dict, list))
+    if isinstance(ident, float) and math.isinf(ident):      # of 1e999
+        sound = False
+    valid = (sound and value.get("jsonrpc") == "2.0" and isinstance(method, str)
+             and isinstance(given, (dict, list)))
+    text = "null"
+    if type(ident) is int:
+        text = str(ident)               # a third of the price
+    elif sound:
+        text = encode_json(ident)
+    command = mi_commands.get(str(method)) if valid else None
+    return Call(valid, str(method), command, given, text, "id" in value or not valid)
+
+
+def perform(call: Call, in_thread: bool = False) -> str:
+    """Carry a call out. Returns the response; empty for a notification."""
+    try:
+        if not call.valid:
+            raise MIError(-32600, "Invalid Request")
+        if call.command is None:
+            raise MIError(-32601, "Method not found")
+        result = encode_json(call_command(call.command.function, call.params))
+        return (
+            '{"jsonrpc":"2.0","result":%s,"id":%s}' % (result, call.ident) if call.answered else ""
+        )
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not in_thread:
             raise
-        if not isinstance(error, HTTPError):
-            log.error("the MI command %s failed", method, exc_info=error)
-            error, data = HTTPError(-32000, "Server error"), "the command failed, the log of the server says why"
-        told = {"code": error.status, "message": error.reason}
-        member, value = "error", encode_json({**told, "data": data} if data else told)
-    if "id" not in call:
-        return None
-    return '{"jsonrpc":"2.0","%s":%s,"id":%s}' % (member, value, ident if type(ident) is int else encode_json(ident))
+        return refuse_call(call, describe_fault(call, error))
+
+
+def refuse_call(call: Call, fault: dict[str, Any]) -> str:
+    """The response with an error object; empty for a notification."""
+    if not call.answered:
+        return ""
+    return '{"jsonrpc":"2.0","error":%s,"id":%s}' % (encode_json(fault), call.ident)
+
+
+def describe_fault(call: Call, error: BaseException) -> dict[str, Any]:
+    """The error object of JSON-RPC for what a command has raised."""
+    if isinstance(error, HTTPError):
+        error = MIError(error.status, error.reason)
+    if not isinstance(error, MIError):
+        log.error("the MI command %s failed", call.method, exc_info=error)
+        error = MIError(
+            -32000, "Server error", "the command failed, the log of the server says why"
+        )
+    described = {"code": error.code, "message": error.message}
+    if error.data:
+        described["data"] = error.data
+    return described
+
+
+class Batch:
+    """The calls of one request and their answers, of which threads bring some."""
+
+    def __init__(self, request: Request, calls: list[Call], alone: bool) -> None:
+        self.request = request
+        self.calls = calls
+        self.alone = alone              # it is no batch, but a call by itself
+        self.answers = [self.begin(call) for call in calls]     # None: it is not there yet
+        for number, answer in enumerate(list(self.answers)):    # a copy: threads are at work
+            if answer is None:
+                mi_pool().submit(functools.partial(self.bring, number))
+
+    def begin(self, call: Call) -> Optional[str]:
+        """The answer; None if it wants a thread."""
+        if call.command is None or not call.command.threads:
+            return perform(call)
+        if mi_pool().jobs.qsize() < MI_WAITING:
+            return None
+        return refuse_call(call, {"code": -32000, "message": "Too many commands wait for a thread"})
+
+    def bring(self, number: int) -> None:
+        """In a thread: carry out one of the calls."""
+        self.answers[number] = perform(self.calls[number], in_thread=True)
+        self.request.resume()
+
+    def text(self) -> Optional[str]:
+        """What is sent; None: it is not complete."""
+        answers = list(self.answers)
+        if None in answers:
+            return None
+        if self.alone:
+            return answers[0]
+        members = [answer for answer in answers if answer]
+        if not members:
+            return ""
+        return "[%s]" % ",".join(members)
+
+
+def check_origin(request: Request) -> None:
+    """A page of another web site may not send commands."""
+    own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
+    require(
+        request.headers["origin"].lower() == own.lower(),
+        403,
+        "pages of another origin may not send commands",
+    )
+
+
+def begin_mi(request: Request) -> Union[str, Batch]:
+    """Read what is asked for, and carry it out, unless threads have to."""
+    try:
+        text = request.body.decode()
+        end = 0
+        # nearly always: without blanks around it for half the price
+        if text.startswith("{"):
+            value, end = json_decoder.raw_decode(text)
+        if end < len(text) or not text:
+            value = json_decoder.decode(text)
+    except (ValueError, RecursionError):
+        return PARSE_ERROR
+    if isinstance(value, list) and value:
+        return Batch(request, [read_call(member) for member in value], False)
+    call = read_call(value)
+    if call.command is not None and call.command.threads:
+        return Batch(request, [call], True)
+    return perform(call)
 
 
 def answer_mi(request: Request, page: Page) -> int:
-    """JSON-RPC errors travel on 200."""
-    batch, answers = request.state or begin_mi(request)
-    if PENDING in answers:
-        return SUSPEND
-    answer = answers[0] or "" if not batch else ",".join(filter(None, answers))
+    """The access handler of mi_http. JSON-RPC errors travel on 200."""
+    answer: Union[str, Batch, None] = request.state
+    if answer is None:
+        # two of them keep foreign web pages from posting commands
+        headers = request.headers
+        if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
+            raise HTTPError(415, "the Content-Type must be application/json")
+        if "origin" in headers:
+            check_origin(request)
+        answer = begin_mi(request)
+    if isinstance(answer, Batch):
+        request.state = answer
+        answer = answer.text()
+        if answer is None:
+            return SUSPEND
     try:
-        page.write("[%s]" % answer if batch and answer else answer)
+        page.write(answer)
     except BufferError as error:
         told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
         page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
     return 200 if answer else 202
 
 
-def begin_mi(request: Request) -> tuple[bool, list]:
-    """Whether it is a batch; and the answers. Threads bring those which take long, and resume the request."""
-    headers = request.headers                               # two of them keep foreign web pages from posting commands
-    if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
-        raise HTTPError(415, "the Content-Type must be application/json")
-    if "origin" in headers:
-        own = "%s://%s" % (request.scheme, headers.get("host", ""))
-        require(headers["origin"].lower() == own.lower(), 403, "pages of another origin may not send commands")
-    try:
-        calls = decode_json(request.body.decode())
-    except (ValueError, RecursionError):
-        return False, ['{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}']
-    batch = isinstance(calls, list) and calls != []
-    calls = calls if batch else [calls]
-    answers = [call_mi(call) for call in calls]
-    if PENDING in answers:
-        request.state = batch, answers
-        for number, answer in enumerate(list(answers)):     # a copy: threads are at work
-            if answer is PENDING:
-                mi_pool().submit(partial(finish_mi, request, answers, number, calls[number]))
-    return batch, answers
-
-
-def finish_mi(request: Request, answers: list, number: int, call: Any) -> None:
-    answers[number] = call_mi(call, in_thread=True)
-    request.resume()
-
-
-def mi_which(command: Optional[str] = None) -> list:
-    """All commands; or the parameter lists that one command takes, as opensips-cli wants them for its completion."""
+def mi_which(command: Optional[str] = None) -> list[Any]:
+    """All commands; or the parameter lists that one command takes, as opensips-cli wants them for
+    its completion.
+    """
     if command is None:
         return sorted(mi_commands)
     if not isinstance(command, str) or command not in mi_commands:
         raise HTTPError(404, "unknown MI command")
-    parameters = mi_signature(mi_commands[command][0]).parameters.values()
+    parameters = mi_signature(mi_commands[command].function).parameters.values()
     names = [parameter.name for parameter in parameters]
-    return [names[:count] for count in range(sum(p.default is p.empty for p in parameters), len(names) + 1)]
+    required = sum(parameter.default is parameter.empty for parameter in parameters)
+    return [names[:count] for count in range(required, len(names) + 1)]
 
 
-def mi_get_statistics(statistics) -> dict:
+def mi_get_statistics(statistics: Any) -> dict[str, int]:
     """Values by `group:name`; asked for are `all`, `group:` or `name`."""
-    counted = {"requests": attrgetter("requests"), "accepted": attrgetter("accepted"),
-               "connections": lambda server: len(server.connections), "held_bytes": attrgetter("held")}
-    values = {"httpd:" + name: sum(map(count, servers)) for name, count in counted.items()}
-    wanted = {*map(str, statistics if isinstance(statistics, list) else [statistics])}
-    found = {name: value for name, value in values.items() if not wanted.isdisjoint(("all", name, "httpd:", name[6:]))}
+    values = {
+        "httpd:requests": sum(server.requests for server in servers),
+        "httpd:accepted": sum(server.accepted for server in servers),
+        "httpd:connections": sum(len(server.connections) for server in servers),
+        "httpd:held_bytes": sum(server.held for server in servers),
+    }
+    asked = statistics if isinstance(statistics, list) else [statistics]
+    wanted = set(map(str, asked))
+    found = {}
+    for name, value in values.items():
+        if not wanted.isdisjoint(("all", "httpd:", name, name.partition(":")[2])):
+            found[name] = value
     if not found:
         raise HTTPError(404, "Statistics Not Found")
     return found
 
 
-list_roots = lambda: [{"http_root": root.name, "module": root.module} for root in reversed(roots.values())]
-BUILT_IN = {"mi_http": lambda params: register_httpdcb("mi_http", params["root"], answer_mi, methods=("POST",),
-                                                       content_type="application/json")}
-for name, function in {
-        "httpd_list_root_path": list_roots, "httpd:list_root_path": list_roots, "which": mi_which,
-        "get_statistics": mi_get_statistics, "version": lambda: {"Server": "httpd.py " + __version__},
-        "uptime": lambda: {"Now": time.ctime(), "Up since": time.ctime(STARTED),
-                           "Up time": "%d [sec]" % (time.time() - STARTED)},
-        "ps": lambda: {"Processes": [{"ID": 0, "PID": os.getpid(),
-                                      "Type": "HTTPD " + " ".join(server.url for server in servers)}]}}.items():
-    register_mi(name, function)
+def mi_list_root_path() -> list[dict[str, str]]:
+    """All roots, the newest first."""
+    newest_first = reversed(list(roots.values()))
+    return [{"http_root": root.name, "module": root.module} for root in newest_first]
 
 
-# ---------------------------------------------------------------------------------------------------------------- WSGI
-# PEP 3333 on the public callbacks: a response is an iterator of pieces of content, which flush_data_cb hands out.
+def mi_version() -> dict[str, str]:
+    return {"Server": "httpd.py " + __version__}
 
-SPOOL_SIZE = 2**13          # bytes of content that are held in memory before a temporary file takes them
+
+def mi_uptime() -> dict[str, str]:
+    return {
+        "Now": time.ctime(),
+        "Up since": time.ctime(STARTED),
+        "Up time": "%d [sec]" % (time.time() - STARTED),
+    }
+
+
+def mi_ps() -> dict[str, list[dict[str, Any]]]:
+    urls = " ".join(server.url for server in servers)
+    process = {"ID": 0, "PID": os.getpid(), "Type": "HTTPD " + urls}
+    return {"Processes": [process]}
+
+
+def load_mi_http(parameters: dict[str, Any]) -> None:
+    register_httpdcb(
+        "mi_http", parameters["root"], answer_mi, methods=("POST",), content_type="application/json"
+    )
+
+
+BUILT_IN["mi_http"] = load_mi_http
+register_mi("httpd_list_root_path", mi_list_root_path)
+register_mi("httpd:list_root_path", mi_list_root_path)
+register_mi("which", mi_which)
+register_mi("get_statistics", mi_get_statistics)
+register_mi("version", mi_version)
+register_mi("uptime", mi_uptime)
+register_mi("ps", mi_ps)
+
+
+# --------------------------------------------------------------------------------------------- WSGI
+# PEP 3333 on the public callbacks: a response is an iterator of pieces, which flush_data_cb hands
+# out.
+
+# bytes of content that are held in memory before a temporary file takes them
+SPOOL_SIZE = 2**13
 AHEAD_SIZE = 2**16          # bytes that an application's thread may be ahead of the client
+PIECE_SIZE = 2**14          # bytes that are read back from a temporary file at a time
+WSGI_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
+
+Application = Callable[[Dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def wsgi_paths(request: Request) -> tuple[str, str]:
+    """SCRIPT_NAME and PATH_INFO: bytes as latin-1."""
+    absolute = ABSOLUTE_FORM.fullmatch(request.target)
+    encoded = request.target.partition("?")[0]
+    if absolute is not None:
+        encoded = absolute[3] or ""
+    path = unquote_to_bytes(encoded).decode("latin-1")
+    if not path.startswith("/"):                            # of http://host, and of *
+        path = "/"
+    script = "/" + request.root if request.root else ""
+    return script, path[len(script):]
 
 
 def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]:
-    """PEP 3333's dictionary, bytes as latin-1. A field name with _ could pass for the one with -, and is left out."""
+    """PEP 3333's dictionary. A field name with _ could pass for the one with -, and is left out."""
     from wsgiref.util import FileWrapper
-    script, absolute = "/" + request.root if request.root else "", ABSOLUTE_FORM.fullmatch(request.target)
-    path = unquote_to_bytes(absolute[3] if absolute else request.target.partition("?")[0]).decode("latin-1")
-    path = path if path[:1] == "/" else "/"                 # of http://host, and of *
-    (server, port), (client, client_port) = request.server, request.client
-    environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.headers.items()
-               if "_" not in name and name != "transfer-encoding"}
-    for name in environ.keys() & {"HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"}:
-        environ[name[5:]] = environ.pop(name)
-    if content:
+    environ: dict[str, Any] = {}
+    for name, value in request.headers.items():
+        if "_" not in name and name != "transfer-encoding":
+            environ["HTTP_" + name.upper().replace("-", "_")] = value
+    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if "HTTP_" + name in environ:
+            environ[name] = environ.pop("HTTP_" + name)
+    if content is not None:
         environ["CONTENT_LENGTH"] = str(content.tell())     # known even if it came in chunks
         content.seek(0)
+    script, path = wsgi_paths(request)
+    server, port = request.server
+    client, client_port = request.client
     environ.update({
-        "REQUEST_METHOD": request.method, "SCRIPT_NAME": script, "PATH_INFO": path[len(script):],
-        "QUERY_STRING": request.query, "SERVER_PROTOCOL": request.version, "SERVER_NAME": server,
-        "SERVER_PORT": str(port), "REMOTE_ADDR": client, "REMOTE_PORT": str(client_port), "wsgi.version": (1, 0),
-        "wsgi.url_scheme": request.scheme, "wsgi.input": content or io.BytesIO(), "wsgi.input_terminated": True,
-        "wsgi.errors": sys.stderr, "wsgi.multithread": threads > 1, "wsgi.multiprocess": False, "wsgi.run_once": False,
-        "wsgi.file_wrapper": lambda file, size=0: FileWrapper(file, AHEAD_SIZE)})
+        "REQUEST_METHOD": request.method,
+        "SCRIPT_NAME": script,
+        "PATH_INFO": path,
+        "QUERY_STRING": request.query,
+        "SERVER_PROTOCOL": request.version,
+        "SERVER_NAME": server,
+        "SERVER_PORT": str(port),
+        "REMOTE_ADDR": client,
+        "REMOTE_PORT": str(client_port),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": request.scheme,
+        "wsgi.input": content if content is not None else io.BytesIO(),
+        "wsgi.input_terminated": True,
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": threads > 1,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+        "wsgi.file_wrapper": lambda file, size=0: FileWrapper(file, AHEAD_SIZE),
+    })
     return environ
 
 
 class WSGIResponse:
-    """What an application says by start_response(), write(), which hands on to `put`, and its iterable."""
-    def __init__(self, to_head: bool, put: Callable[[bytes], Any]):
-        self.to_head, self.put, self.status, self.headers = to_head, put, 0, []
-        self.length = self.size = None      # bytes of all the content: as Content-Length says; as a list has them
-        self.count = 0                      # bytes so far; after the first, the head is on its way
+    """What an application says by start_response(), write(), which hands on to `put`, and its
+    iterable.
+    """
 
-    def start(self, status: str, headers: list, exc_info: Any = None) -> Callable[[bytes], None]:
-        """start_response(). The reason phrase is lost, the server has its own; so are fields that the server sets."""
+    def __init__(self, to_head: bool, put: Callable[[bytes], Any]) -> None:
+        self.to_head = to_head
+        self.put = put
+        self.status = 0                             # until start_response() is called
+        self.headers: list[tuple[str, str]] = []
+        # bytes of all the content, as Content-Length says
+        self.length: Optional[int] = None
+        self.size: Optional[int] = None             # the same, as a list has them
+        # bytes so far; after the first, the head is on its way
+        self.count = 0
+
+    def start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], None]:
+        """start_response(). The reason phrase is lost, the server has its own; so are fields that
+        the server sets.
+        """
         if exc_info and self.count:
             raise exc_info[1].with_traceback(exc_info[2])
         if self.status and not exc_info:
             raise RuntimeError("start_response() has been called already")
         if not re.fullmatch("[2-5][0-9]{2}( [\t -~\x80-\xff]*)?", status):
             raise ValueError("no status from 200 to 599: %r" % status)
-        self.headers = [(name, value) for name, value in headers if name.lower() not in OWN_FIELDS]
-        for name, value in self.headers:
+        kept = []
+        length = None
+        for name, value in headers:
+            if name.lower() in OWN_FIELDS:
+                continue
             check_field(name, value)
-        self.length = next((int(value) for name, value in headers if name.lower() == "content-length"), None)
+            if name.lower() == "content-length":
+                length = int(value)
+            kept.append((name, value))
+        self.headers = kept
+        self.length = length
         self.status = int(status[:3])
         return self.write
 
@@ -2318,18 +4451,25 @@ class WSGIResponse:
             self.put(data)
 
     def wants(self, piece: bytes) -> bool:
+        """Count a piece, and say whether it is to be sent."""
         if not isinstance(piece, bytes):
             raise TypeError("the application has made %r, not bytes" % type(piece))
         if piece and not self.status:
             raise RuntimeError("the application has not called start_response()")
         self.count += len(piece)
         if self.length is not None and self.count > self.length:
-            raise RuntimeError("the application has made more than its Content-Length of %d" % self.length)
-        return piece != b"" and not self.to_head and self.status not in (204, 304)
+            raise RuntimeError(
+                "the application has made more than its Content-Length of %d" % self.length
+            )
+        return bool(piece) and not self.to_head and self.status not in (204, 304)
 
-    def pieces(self, app: Callable, environ: dict[str, Any], written: Any) -> Generator[bytes, None, None]:
-        """Run the application, with context variables of its own: Flask keeps there who is asking, and others have a
-        turn between the pieces. The iterable is closed however this ends, be it with its last reference."""
+    def pieces(
+        self, app: Application, environ: dict[str, Any], written: Any
+    ) -> Generator[bytes, None, None]:
+        """Run the application, with context variables of its own: Flask keeps there who is asking,
+        and others have a turn between the pieces. The iterable is closed however this ends, be it
+        with its last reference.
+        """
         run = copy_context().run
         with environ["wsgi.input"], written:
             result = run(app, environ, self.start)
@@ -2337,8 +4477,13 @@ class WSGIResponse:
                 if isinstance(result, (list, tuple)):
                     self.size = self.count + sum(map(len, result))
                 written.seek(0)
-                yield from iter(lambda: written.read(RECEIVE_SIZE), b"")
-                for piece in iter(partial(run, next, run(iter, result), self), self):
+                while piece := written.read(PIECE_SIZE):
+                    yield piece
+                iterator = run(iter, result)
+                while True:
+                    piece = run(next, iterator, None)
+                    if piece is None:
+                        break
                     if self.wants(piece):
                         yield piece
                     elif piece:
@@ -2346,15 +4491,19 @@ class WSGIResponse:
                 if not self.status:
                     raise RuntimeError("the application has not called start_response()")
             finally:
-                run(getattr(result, "close", int))
+                close = getattr(result, "close", None)
+                if close is not None:
+                    run(close)
 
     def begin(self, page: Page, piece: memoryview) -> int:
-        """Put the fields on the page, and the first piece if it is the only one. Returns the status."""
+        """Put the fields on the page, and the first piece if it is the only one. Returns the
+        status.
+        """
         for name, value in self.headers:
             page.set_header(name, value, add=name.lower() != "content-length")
         length = self.size if self.length is None else self.length
         if length is not None:
-            page.set_header("Content-Length", str(length))
+            page.set_header("Content-Length", length)
         if length == self.size == len(piece):
             with suppress(BufferError):
                 page.write(piece)
@@ -2362,114 +4511,199 @@ class WSGIResponse:
 
 
 class Handover:
-    """An iterator of pieces that another thread makes. As long as the next one is not there, it gives b""."""
+    """An iterator of pieces that another thread makes. As long as the next one is not there, it
+    gives b"".
+    """
 
-    def __init__(self, request: Request):
-        self.request, self.changed = request, threading.Condition()
-        self.queue, self.size = [], 0       # pieces, and the bytes in them
-        self.end: Optional[BaseException] = None
+    def __init__(self, request: Request) -> None:
+        self.request: Optional[Request] = request
+        self.changed = threading.Condition()
+        self.queue: list[bytes] = []
+        self.size = 0                               # bytes in it
+        self.end: Optional[BaseException] = None    # how the application has ended
 
-    def fill(self, pieces: Generator[bytes, None, None]) -> None:
-        request, end = self.request, StopIteration()
+    def fill(self, request: Request, pieces: Generator[bytes, None, None]) -> None:
+        """In the application's thread: hand over all pieces."""
+        end: BaseException = StopIteration()
         try:
             with closing(pieces):
-                for piece in () if request.closed else pieces:
-                    self.put(piece)
+                if not request.closed:
+                    for piece in pieces:
+                        self.put(piece)
         except BaseException as error:
             end = error
             if request.closed and not isinstance(error, BrokenPipeError):
                 log.exception("an application failed, whose client is gone")
-        self.request, self.end = None, end                  # a cycle less
+        self.request = None                         # they would keep each other alive
+        self.end = end
         request.resume()
 
     def put(self, piece: bytes) -> None:
-        """Wait until the client has taken what is here, if it is much. BrokenPipeError if the client is gone."""
+        """Wait until the client has taken what is here, if it is much. BrokenPipeError if the
+        client is gone.
+        """
+        request = self.request
+        if request is None:
+            raise RuntimeError("write() was called after the application had ended")
         with self.changed:
-            while self.size > AHEAD_SIZE and not self.request.closed:
-                self.changed.wait(1)                        # nobody tells when the client goes
-            if self.request.closed:
+            while self.size > AHEAD_SIZE and not request.closed:
+                self.changed.wait(1)                # nobody tells when the client goes
+            if request.closed:
                 raise BrokenPipeError("the client is gone")
             self.queue.append(piece)
             self.size += len(piece)
-        self.request.resume()
+        request.resume()
+
+    def __iter__(self) -> Handover:
+        return self
 
     def __next__(self) -> bytes:
         with self.changed:
             end, piece = self.end, b"".join(self.queue)
-            self.queue, self.size = [], 0
+            self.queue.clear()
+            self.size = 0
             self.changed.notify()
-        if end and not piece:
+        if end is not None and not piece:
             raise end
         return piece
 
 
+class Running:
+    """A request.state: the application runs, or has run."""
+
+    def __init__(self, response: WSGIResponse, pieces: Iterator[bytes]) -> None:
+        self.response = response
+        self.pieces = pieces
+        self.rest = memoryview(b"")                 # of the piece that is being sent
+
+
 def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
     """The flush_data_cb: as much of a piece as there is room for."""
-    state = request.state
-    if not state.rest:
-        piece = next(state.pieces, None)
+    running: Running = request.state
+    if not running.rest:
+        piece = next(running.pieces, None)
         if piece is None:
             return END
-        state.rest = memoryview(piece)
-    size = min(len(state.rest), len(buf))
-    buf[:size], state.rest = state.rest[:size], state.rest[size:]
+        running.rest = memoryview(piece)
+    size = min(len(running.rest), len(buf))
+    buf[:size] = running.rest[:size]
+    running.rest = running.rest[size:]
     return size
 
 
-def register_wsgi(module: str, root_path: str, app: Callable, *, threads: int = 0) -> None:
-    """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what no other root takes.
-    threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable is read as the client
-              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further requests wait:
-              one that streams events keeps a thread. When its client goes, write() raises BrokenPipeError, and where it
-              yields there is GeneratorExit
-    Request content is limited by wsgi_body_size as it is now. ConfigError as from register_httpdcb(). Any thread.
-    """
-    from tempfile import SpooledTemporaryFile
-    if not callable(app) or not isinstance(threads, int) or threads < 0:
-        raise ConfigError("%s: no application, or no number of threads: %r, %r" % (module, app, threads))
-    pool = Pool(threads)
+class Mount:
+    """A WSGI application at its root: the callbacks."""
 
-    def upload(request: Request, data: bytes) -> None:
-        request.state = request.state or SpooledTemporaryFile(SPOOL_SIZE)
+    def __init__(self, app: Application, threads: int) -> None:
+        self.app = app
+        self.threads = threads
+        self.pool = Pool(threads)
+
+    def upload(self, request: Request, data: bytes) -> None:
+        """The upload_data_cb. Until the application runs, request.state is the content."""
+        from tempfile import SpooledTemporaryFile
+        if request.state is None:
+            request.state = SpooledTemporaryFile(SPOOL_SIZE)
         request.state.write(data)
 
-    def answer(request: Request, page: Page) -> int:
-        if not isinstance(request.state, SimpleNamespace):  # it is the content, or None
-            handover, written = Handover(request) if threads else None, SpooledTemporaryFile(SPOOL_SIZE)
-            response = WSGIResponse(request.method == "HEAD", handover.put if handover else written.write)
-            pieces = response.pieces(app, wsgi_environ(request, request.state, threads), written)
-            request.state = SimpleNamespace(response=response, pieces=handover or pieces, rest=b"")
-            if handover:
-                pool.submit(partial(handover.fill, pieces))
-        piece = next(request.state.pieces, None)
+    def answer(self, request: Request, page: Page) -> int:
+        """The access handler."""
+        if not isinstance(request.state, Running):
+            request.state = self.begin(request, request.state)
+        running = request.state
+        piece = next(running.pieces, None)
         if piece == b"":
             return SUSPEND
-        request.state.rest = memoryview(piece or b"")
-        return request.state.response.begin(page, request.state.rest)
+        running.rest = memoryview(piece or b"")
+        return running.response.begin(page, running.rest)
 
-    register_httpdcb(module, root_path, answer, flush_wsgi, content_type="", upload_data_cb=upload,
-                     methods=("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"),
-                     upload_limit=in_force("httpd")["wsgi_body_size"])
+    def begin(self, request: Request, content: Any) -> Running:
+        """Have the application run, here or in a thread."""
+        from tempfile import SpooledTemporaryFile
+        written = SpooledTemporaryFile(SPOOL_SIZE)
+        environ = wsgi_environ(request, content, self.threads)
+        to_head = request.method == "HEAD"
+        if not self.threads:
+            response = WSGIResponse(to_head, written.write)
+            return Running(response, response.pieces(self.app, environ, written))
+        handover = Handover(request)
+        response = WSGIResponse(to_head, handover.put)
+        pieces = response.pieces(self.app, environ, written)
+        self.pool.submit(functools.partial(handover.fill, request, pieces))
+        return Running(response, handover)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+def register_wsgi(module: str, root_path: str, app: Application, *, threads: int = 0) -> None:
+    """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what
+    no other root takes.
+
+    threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable
+    is read as the client
+              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further
+              requests wait: one that streams events keeps a thread. When its client goes, write()
+              raises BrokenPipeError, and where it yields there is GeneratorExit
+
+    Request content is limited by wsgi_body_size as it is now. ConfigError as from
+    register_httpdcb(). Any thread.
+    """
+    if not callable(app) or not isinstance(threads, int) or threads < 0:
+        raise ConfigError(
+            "%s: no application, or no number of threads: %r, %r" % (module, app, threads)
+        )
+    mount = Mount(app, threads)
+    register_httpdcb(
+        module,
+        root_path,
+        mount.answer,
+        flush_wsgi,
+        content_type="",
+        upload_data_cb=mount.upload,
+        methods=WSGI_METHODS,
+        upload_limit=in_force("httpd")["wsgi_body_size"],
+    )
+
+
+# --------------------------------------------------------------------------------------------- main
+
 def run(**parameters: Any) -> None:
-    """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace. Main thread."""
+    """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace.
+    SIGHUP: reload_tls().
+
+    Main thread. ConfigError, or OSError if it cannot listen.
+    """
     server = Server(**parameters)
-    every = " and every other address" if server.params.ip in ("", "*") else ""
-    found = "httpd.py %s listens on %s%s" % (__version__, server.url, every)        # OSError comes from here
-    stop = lambda *_: server.stop(0 if server._stop_at < math.inf else None)
-    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: lambda *_: server.reload_tls()}
+    banner = "httpd.py %s listens on %s" % (__version__, server.url)       # OSError comes from here
+    if server.params.ip in ("", "*"):
+        banner += " and every other address"
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        server.stop(0 if stopped else None)
+        stopped.append(number)
+
+    def renew(number: int, frame: Any) -> None:
+        server.reload_tls()
+
+    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: renew}
     previous = {}
     try:
-        previous.update((number, signal.signal(number, handler)) for number, handler in wanted.items())
-        print(found, *("  /%s  %s" % (root.name, root.module) for root in roots.values()), sep="\n", flush=True)
-        gc.freeze()                                         # full collections need not look at what was loaded: 3 ms
+        for number, handler in wanted.items():
+            previous[number] = signal.signal(number, handler)
+        print(
+            banner,
+            *("  /%s  %s" % (root.name, root.module) for root in roots.values()),
+            sep="\n",
+            flush=True,
+        )
+        # full collections need not look at what was loaded: 3 ms
+        freeze = getattr(gc, "freeze", None)
+        if freeze is not None:
+            freeze()
         server.run()
     finally:
         server.stop(0)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def describe_parameters() -> str:
@@ -2478,8 +4712,11 @@ def describe_parameters() -> str:
     for module, rows in PARAMETERS.items():
         lines += ["", "[%s]" % module]
         for row in rows:
-            notes = ["default %s" % (row.default if row.default != "" else "empty"), row.bounds()]
-            lines.append("  %-17s %s\n%20s(%s)" % (row.name, row.meaning, "", ", ".join(filter(None, notes))))
+            notes = ["default %s" % (row.default if row.default != "" else "empty")]
+            if row.bounds():
+                notes.append(row.bounds())
+            lines.append("  %-17s %s" % (row.name, row.meaning))
+            lines.append("%20s(%s)" % ("", ", ".join(notes)))
     return "\n".join(lines)
 
 
@@ -2487,38 +4724,68 @@ def print_in_force() -> None:
     """What -t shows: the parameters, in the form of a configuration, and what is served."""
     server = Server()
     for module in ["httpd", *loaded]:
-        values = {name: getattr(server.params, name, value) if module == "httpd" else value
-                  for name, value in in_force(module).items()}
-        print("[%s]" % module, *("%s = %s" % item for item in values.items()), "", sep="\n")
-    for name, value in server.plan._asdict().items() if server.plan else ():
-        values = value if name == "notes" else [" ".join(value) if isinstance(value, tuple) else value]
-        print(*("# TLS %s: %s" % (name, text) for text in values), sep="\n")
-    print(*("# /%s  %s" % (root.name, root.module) for root in roots.values()), sep="\n")
+        print("[%s]" % module)
+        for name, value in in_force(module).items():
+            if module == "httpd":
+                value = getattr(server.params, name)        # zeros resolved
+            print("%s = %s" % (name, value))
+        print()
+    plan = server.transport.plan
+    if plan is not None:
+        for name, value in plan._asdict().items():
+            if name == "notes":
+                continue
+            print("# TLS %s: %s" % (name, " ".join(value) if isinstance(value, tuple) else value))
+        for note in plan.notes:
+            print("# TLS notes: %s" % note)
+    for root in roots.values():
+        print("# /%s  %s" % (root.name, root.module))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    import argparse                     # 6 ms, and only the command line needs it
+
+    parser = argparse.ArgumentParser(
+        prog="httpd.py",
+        description="A management server over HTTP.",
+        epilog=describe_parameters(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("file", help="the configuration")
+    add("-t", action="store_true", help="check the file, print what would be in force")
+    add("-o", metavar="NAME=VALUE", action="append", default=[],
+        help="set a parameter over the file")
+    add("-v", action="store_true", help="log what is refused and why connections end")
+    add("--version", action="version", version="httpd.py " + __version__)
+    return parser
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line: 0, 1 for a bad configuration or a failed start, 2 for bad usage."""
-    from argparse import ArgumentParser, RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(),
-                            formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="the configuration")
-    parser.add_argument("-t", action="store_true", help="check the file, print what would be in force")
-    parser.add_argument("-o", metavar="NAME=VALUE", action="append", default=[], help="set a parameter over the file")
-    parser.add_argument("-v", action="store_true", help="log what is refused and why connections end")
-    parser.add_argument("--version", action="version", version="httpd.py " + __version__)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=10 if options.v else 20, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = make_parser().parse_args(arguments)
+    level = logging.DEBUG if options.v else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         load_config(options.file, options.o)
-        print_in_force() if options.t else run()
-        return 0
-    except (ConfigError, OSError) as error:
-        name = re.match(r"(?:httpd: )?(\w*)", str(error))[1]       # a parameter that has turned out to be wrong now
-        text = "%s: httpd: %s" % (places[name], re.sub("^httpd: ", "", str(error))) if name in places else error
+        if options.t:
+            print_in_force()
+        else:
+            run()
+    except ConfigError as error:
+        # a parameter that has turned out to be wrong now
+        place = places.get(error.parameter)
+        text = str(error)
+        if place is not None:
+            text = "%s: httpd: %s" % (place, re.sub("^httpd: ", "", text))
         print(text, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    sys.modules["httpd"] = sys.modules["__main__"]          # for what the configuration loads
+    sys.modules["httpd"] = sys.modules["__main__"]      # for what the configuration loads
     sys.exit(main())

@@ -4,7 +4,6 @@
 Copy the file into a project and register what answers below a root path:
 
     import httpd
-
     def hello(request, page):
         page.write("Hello, %s!\\n" % request.lookup_arg("name", "world")) return 200
 
@@ -14,29 +13,32 @@ or run it as a management server: `python httpd.py example.cfg`.
 
 How a GET travels through this file, a line for each hop:
 
-    Server._turn             one poll; the clock is read once for all that is ready
-    Connection.turn          sends what is due, and runs states until one has to wait
-    idle                     the first state: one recv(); a head seen before costs a dict look-up,
-      Connection.next_request  any other is found here, and parsed
-      Heads.read               by parse_head: bytes in, an immutable Head out, or HTTPError
-    Connection.serve         the hot path: request by request
-      route                    who answers, and who may?
-      the root's handler       writes into the Page
-      Connection.finish        puts the head right before the content, in the same buffer
-    Connection.turn          one send(); then it waits, or ends
+    Server._turn               one poll; the clock is read once for all that is ready
+    Connection.turn            sends what is due, and runs states until one has to wait
+    idle (greet, with TLS)     one recv(); a head seen before costs a look-up, any other goes to
+    Connection.next_request    which finds its end; Heads.read has parse_head make a Head of it
+    route                      who answers, and who may: the Request is made with it
+    Connection.serve           the hot path: the handler writes into the Page,
+    Connection.finish          and the head is put right before the content, in the same buffer
+    Connection.turn            one send(); settle() then watches for what is waited for
 
 What takes more than a turn has an Exchange: content that is on its way (receive_content), a request
 that waits for Request.resume() (suspended), a response that flush_data_cb makes piece by piece
 (stream). The table STATES says of each state what it waits for, for how long, and what becomes of
-it then.
+it.
 
-The rule of the one buffer: a server has one Page, for the content of one response at a time. What
-the socket does not take of it, and the answers to pipelined requests, which leave together, are
-copied out and counted against memory_budget: the page is free again when `Connection.turn` returns.
+The rule of the one buffer: a server has one Page, for one response at a time. What the socket does
+not take of it is copied out before `turn` returns: to memory, counted against memory_budget, or, if
+it is not small, to a Spool, a temporary file, from where the state unspool sends it. The answers to
+pipelined requests are gathered and leave together.
+
+Everything that a client can make grow is counted in one place, Connection.count. When memory, the
+spool or descriptors are short, whoever is furthest behind his time gives way (Server._make_room).
 
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
-block". The Loop knows the selector and the descriptors that are watched, the Server the connections
-and the time. A server lives in one thread; stop(), resume() and reload_tls() are for any."""
+block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
+the connections and the time. A server lives in one thread; stop(), resume() and reload_tls() are
+for any. """
 from __future__ import annotations
 
 import errno
@@ -59,6 +61,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import closing
 from contextlib import contextmanager
@@ -105,10 +108,9 @@ log = logging.getLogger("httpd")
 # --------------------------------------------------------------------------------------- Parameters
 
 class ConfigError(ValueError):
-    """The operator's or the programmer's mistake: a line for each problem, which says what to do
-    instead.
+    """The operator's or programmer's mistake: a line for each problem, with what to do instead.
 
-    `parameter` is the name of the parameter of httpd that has to be changed, or empty.
+    `parameter`: of httpd, the one that has to be changed, or empty.
     """
 
     def __init__(self, text: str, parameter: str = "") -> None:
@@ -156,9 +158,7 @@ class Parameter(NamedTuple):
         return text
 
     def _convert_number(self, value: Any) -> Union[int, float]:
-        """Numbers may come as text, in ASCII digits: int() would take more than an operator
-        means.
-        """
+        """Numbers may come as text, in ASCII digits: int() would take more."""
         kind: Any = type(self.default)
         pattern, words = NUMBER_KINDS[kind]
         if isinstance(value, str) and re.fullmatch(pattern, value):
@@ -173,9 +173,7 @@ class Parameter(NamedTuple):
 
 
 def check_address(text: str) -> None:
-    """Names are not looked up: that could stall the start, or turn out differently the next
-    time.
-    """
+    """Names are not looked up: that could stall the start, or differ the next time."""
     if text in ("", "*"):
         return
     try:
@@ -200,89 +198,40 @@ checks: dict[str, Callable[[str], object]] = {
 
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
-        Parameter(
-            "ip",
-            "",
-            "address to bind; empty or *: all, IPv4 and IPv6 in one socket",
-            kind="address",
-        ),
+        Parameter("ip", "", "address to bind; empty or *: all, IPv4 and IPv6 in one socket",
+                  kind="address"),
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
-        Parameter(
-            "memory_budget",
-            4 * 2**20,
-            "bytes that a process may hold for all connections together",
-            2**16,
-        ),
-        Parameter(
-            "buf_size",
-            0,
-            "bytes of the response buffer; 0: a quarter of memory_budget",
-            256,
-            zero=True,
-        ),
-        Parameter(
-            "post_buf_size",
-            1024,
-            "bytes of the largest request content held in memory; larger: 413",
-            256,
-        ),
-        Parameter(
-            "receive_buf_size",
-            0,
-            "the same for content that is no form; 0: post_buf_size",
-            256,
-            zero=True,
-        ),
-        Parameter(
-            "wsgi_body_size",
-            2**26,
-            "bytes of the largest content for a WSGI application; larger: 413",
-            256,
-        ),
+        Parameter("memory_budget", 4 * 2**20,
+                  "bytes that a process may hold for all connections together", 2**16),
+        Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget",
+                  256, zero=True),
+        Parameter("post_buf_size", 1024,
+                  "bytes of the largest request content held in memory; larger: 413", 256),
+        Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size",
+                  256, zero=True),
+        Parameter("wsgi_body_size", 2**26,
+                  "bytes of the largest content for a WSGI application; larger: 413", 256),
+        Parameter("spool_size", 2**28, "bytes of temporary files for what waits; 0: none", 2**16,
+                  zero=True),
         Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
         Parameter("tls_key_file", "", "its private key, PEM"),
-        Parameter(
-            "tls_ciphers",
-            "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2",
-            "GnuTLS priority string",
-            kind="priority",
-        ),
-        Parameter(
-            "tls_ca_file",
-            "",
-            "CA certificates, PEM; clients must present a certificate signed by one",
-        ),
-        Parameter(
-            "conn_timeout",
-            30.0,
-            "seconds an idle connection, or one that takes no bytes, is kept; 0: for ever",
-        ),
-        Parameter(
-            "request_timeout",
-            10.0,
-            "seconds for a head from its first byte; content: 1 s more per 500 B",
-            0.1,
-        ),
-        Parameter(
-            "max_connections",
-            0,
-            "connections at a time; 0: what RLIMIT_NOFILE allows",
-            1,
-            zero=True,
-        ),
-        Parameter(
-            "max_header_size",
-            16384,
-            "bytes of request line and fields; larger: 414 or 431",
-            256,
-            2**16,
-        ),
+        Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2",
+                  "GnuTLS priority string", kind="priority"),
+        Parameter("tls_ca_file", "",
+                  "CA certificates, PEM; clients must present a certificate signed by one"),
+        Parameter("conn_timeout", 30.0, "seconds an idle connection is kept, or one whose client "
+                  "takes less than 500 bytes a second; 0: for ever"),
+        Parameter("request_timeout", 10.0,
+                  "seconds for a head from its first byte; content: 1 s more per 500 B", 0.1),
+        Parameter("max_connections", 0, "connections at a time; 0: what RLIMIT_NOFILE allows", 1,
+                  zero=True),
+        Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431",
+                  256, 2**16),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
     ),
     "mi_http": (
         Parameter("root", "mi", "root path of JSON-RPC", kind="root"),
-        Parameter("threads", 4, "threads for commands that take long", 1, 100),
-    ),
+        Parameter("threads", 4, "threads for commands that take long", 1, 100)),
 }
 # The modules of this file: what loads each, with its parameters in force. Their sections put
 # themselves in.
@@ -302,9 +251,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def convert(module: str, name: str, value: Any) -> Any:
-    """The value as the parameter's row wants it. What a module of the user's own is given, its
-    mod_init judges.
-    """
+    """The value as its row wants it. A user's own module judges its values in mod_init."""
     if module not in PARAMETERS:
         return value
     rows = {row.name: row for row in PARAMETERS[module]}
@@ -319,16 +266,12 @@ def convert(module: str, name: str, value: Any) -> Any:
 
 
 def modparam(module: str, name: str, value: Any) -> None:
-    """Set a parameter for the servers and modules that come now, or ConfigError. Main thread, at
-    start.
-    """
+    """Set a parameter for what is made from now on, or ConfigError. Main thread, at start."""
     params.setdefault(module, {})[name] = convert(module, name, value)
 
 
 def in_force(module: str, **overrides: Any) -> dict[str, Any]:
-    """All parameters of a module: the defaults, over them what modparam() has set, over that the
-    keywords.
-    """
+    """A module's parameters: the defaults, over them modparam()'s, over these the keywords."""
     rows = PARAMETERS.get(module, ())
     values: dict[str, Any] = {row.name: row.default for row in rows}
     values.update(params.get(module, {}))
@@ -342,10 +285,7 @@ SPARE_DESCRIPTORS = 32      # for the rest of the program
 
 
 class Limits:
-    """The parameters of httpd in force, by their own names, zeros resolved.
-
-    ConfigError if they do not go together. The last four are derived from the others.
-    """
+    """The parameters of httpd in force, zeros resolved; ConfigError if they do not fit together."""
     ip: str
     port: int
     memory_budget: int
@@ -353,6 +293,7 @@ class Limits:
     post_buf_size: int
     receive_buf_size: int
     wsgi_body_size: int
+    spool_size: int
     tls_cert_file: str
     tls_key_file: str
     tls_ciphers: str
@@ -382,21 +323,12 @@ class Limits:
         self.max_open = self.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
 
     def _check_tls(self) -> None:
-        if self.tls_cert_file and not self.tls_key_file:
-            raise ConfigError(
-                "httpd: tls_cert_file is set without tls_key_file: HTTPS wants both",
-                "tls_cert_file",
-            )
-        if self.tls_key_file and not self.tls_cert_file:
-            raise ConfigError(
-                "httpd: tls_key_file is set without tls_cert_file: HTTPS wants both", "tls_key_file"
-            )
-        if self.tls_ca_file and not self.tls_cert_file:
-            raise ConfigError(
-                "httpd: tls_ca_file is set without tls_cert_file and tls_key_file: "
-                "HTTPS wants them",
-                "tls_ca_file",
-            )
+        for name, other, missing in (
+                ("tls_cert_file", "tls_key_file", "tls_key_file: HTTPS wants both"),
+                ("tls_key_file", "tls_cert_file", "tls_cert_file: HTTPS wants both"),
+                ("tls_ca_file", "tls_cert_file", "tls_cert_file and tls_key_file: HTTPS wants them")):
+            if getattr(self, name) and not getattr(self, other):
+                raise ConfigError("httpd: %s is set without %s" % (name, missing), name)
 
     def _check_memory(self) -> None:
         request = self.max_header_size + max(self.post_buf_size, self.receive_buf_size)
@@ -443,9 +375,7 @@ def module_name(text: str) -> str:
 
 
 def start_module(name: str) -> None:
-    """Have a module's mod_init called. A module without one needs none, unless parameters have been
-    set for it.
-    """
+    """Call a module's mod_init. Only parameters that have been set make one necessary."""
     if name in BUILT_IN:
         BUILT_IN[name](in_force(name))
         return
@@ -508,11 +438,9 @@ def read_config(path: str, problems: list[str]) -> list[Setting]:
         elif section and (match := VALUE_LINE.fullmatch(line)):
             settings.append(Setting(place, section, match[1], unquoted(match[2])))
         else:
-            problems.append(
-                '%s: cannot read %r: write [module], below it name = value, or '
-                'modparam("module", "name", '
-                'value), and loadmodule "name.so"' % (place, line)
-            )
+            problems.append('%s: cannot read %r: write [module], below it name = value, or '
+                            'modparam("module", "name", '
+                            'value), and loadmodule "name.so"' % (place, line))
     return settings
 
 
@@ -561,8 +489,7 @@ def set_parameters(settings: list[Setting], modules: Collection[str], problems: 
             if module not in modules and module != "httpd":
                 hint = nearest(module, ["httpd", *modules])
                 raise ConfigError(
-                    '%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint)
-                )
+                    '%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint))
             if place != setting.place:
                 raise ConfigError("%s: %s is set already, at %s" % (module, name, place))
             modparam(module, name, setting.value)
@@ -577,17 +504,14 @@ def set_parameters(settings: list[Setting], modules: Collection[str], problems: 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                # RFC 9110, 5.6.2
 TOKEN = re.compile(_TOKEN.decode())
-# RFC 9110, 5.5: no control character but the tab
-FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")
+FIELD_VALUE = re.compile("[\t -~\x80-\xff]*")    # RFC 9110, 5.5: no control character but the tab
 DIGITS = re.compile("[0-9]{1,18}")
 # Fields of a response that handlers may not set.
 OWN_FIELDS = frozenset({"connection", "date", "keep-alive", "transfer-encoding", "upgrade"})
 
 
 def check_field(name: str, value: str) -> None:
-    """We send what we would accept: a client's CR LF in a value must not end the head (RFC 9110,
-    5.5).
-    """
+    """We send what we would accept: no CR LF of a client ends the head (RFC 9110, 5.5)."""
     key = name.lower()
     if not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
         raise ValueError("a character that may not stand in a header field: %r: %r" % (name, value))
@@ -598,8 +522,7 @@ def check_field(name: str, value: str) -> None:
 
 
 class HTTPError(Exception):
-    """The client's fault, for handlers too: answered with this status, these fields and the reason
-    as a line of text.
+    """The client's fault, for handlers too: the answer's status, fields, and a line of text.
 
     From an MI command, status and reason are the code and the message of the JSON-RPC error.
     """
@@ -693,8 +616,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
     if init_proc_cb is not None:
         pending_inits.append(init_proc_cb)
     roots[name] = Root(
-        name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit
-    )
+        name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit)
 
 
 def checked_root_path(module: str, root_path: str) -> str:
@@ -726,20 +648,17 @@ def unregister_httpdcb(root_path: str) -> None:
     """Take a root path out again: 404 from now on. ConfigError if it is not there. Any thread."""
     if roots.pop(root_path.strip(" \t\r\n"), None) is None:
         raise ConfigError(
-            'root path "%s" is not registered%s' % (root_path, nearest(root_path, roots))
-        )
+            'root path "%s" is not registered%s' % (root_path, nearest(root_path, roots)))
 
 
 def answer_options(request: Request, page: Page) -> int:
     """OPTIONS, for every root (RFC 9110, 9.3.7)."""
-    page.set_header("Allow", ", ".join(request.allowed_methods))
+    page.set_header("Allow", ", ".join(request._root.handlers))
     return 204
 
 
 def initialize() -> None:
-    """Run the init_proc_cb's that have not run in this process. An exception of one is the
-    caller's.
-    """
+    """Run the init_proc_cb's that this process has not run. What one raises is the caller's."""
     with init_lock:
         while pending_inits:
             pending_inits[0]()
@@ -747,9 +666,7 @@ def initialize() -> None:
 
 
 def initialize_late() -> None:
-    """The same for roots that are registered while the server runs. One that fails is out of the
-    way then.
-    """
+    """The same while the server runs: one that fails is logged and dropped."""
     with init_lock:
         while pending_inits:
             try:
@@ -779,8 +696,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 # RFC 9110, 5.6.6: the parameters behind a media type or a disposition.
 PARAMETER = re.compile(
-    "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")"
-)
+    "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")")
 CERT_NAMES = {
     "commonName": "CN",
     "organizationName": "O",
@@ -856,9 +772,7 @@ def plain_address(address: Any) -> tuple[str, int]:
 
 
 def describe_subject(subject: Any) -> str:
-    """The subject of a certificate, as ssl.SSLSocket.getpeercert() has it, in one line (RFC 4514,
-    2).
-    """
+    """A certificate's subject, as getpeercert() gives it, in one line (RFC 4514, 2)."""
     parts = []
     for attributes in reversed(subject):
         for name, value in attributes:
@@ -868,14 +782,9 @@ def describe_subject(subject: Any) -> str:
 
 
 class Request:
-    """What the client asks for. To be read, but for `state`, which is the handler's own. For the
-    server's thread.
-    """
+    """What the client asks for. Only `state` is the handler's own. For the server's thread."""
 
-    __slots__ = (
-        "state", "body", "_connection", "_head", "_root", "_handler", "_form",
-        "_resumed",
-    )
+    __slots__ = ("state", "body", "_connection", "_head", "_root", "_handler", "_form", "_resumed")
 
     def __init__(
         self, connection: Connection, head: Head, root: Root, handler: AccessHandler, body: bytes
@@ -930,11 +839,6 @@ class Request:
         return self._root.name
 
     @property
-    def allowed_methods(self) -> list[str]:
-        """What the root answers to."""
-        return list(self._root.handlers)
-
-    @property
     def scheme(self) -> str:
         """http or https."""
         return self._connection.server.transport.scheme
@@ -952,20 +856,37 @@ class Request:
     @property
     def client_cert(self) -> Optional[ClientCert]:
         """The certificate that the client has presented; None without tls_ca_file."""
-        found = self._connection.peer_certificate()
-        if not found:
+        getpeercert = getattr(self._connection.sock, "getpeercert", None)
+        found = getpeercert() if getpeercert is not None else None
+        if not found:                       # ssl has none, or was not told to ask for one
             return None
         return ClientCert(describe_subject(found["subject"]), found["serialNumber"])
 
     @property
     def closed(self) -> bool:
         """True once the client is gone."""
-        return self._connection.sock.fileno() < 0
+        return self._connection.is_closed()
+
+    @property
+    def disk(self) -> Disk:
+        """Where a Spool keeps what memory has no room for."""
+        return self._connection.server.disk
+
+    @property
+    def kept(self) -> int:
+        """Bytes that the handler keeps in memory for a request under way: they are counted."""
+        exchange = self._connection.exchange
+        return exchange.kept if exchange is not None else 0
+
+    @kept.setter
+    def kept(self, size: int) -> None:
+        exchange = self._connection.exchange
+        if exchange is not None and exchange.request is self:
+            exchange.kept = size
 
     @property
     def form(self) -> dict[str, list[Any]]:
-        """The fields of the query, then those of a form in the body: name -> values, each a str or
-        a FormFile.
+        """The fields of the query, then a form's in the body: name -> list of str or FormFile.
 
         HTTPError 400 if the body is not what its Content-Type says.
         """
@@ -979,8 +900,7 @@ class Request:
         return values[0] if values else default
 
     def resume(self) -> None:
-        """Have the callback called again that has returned SUSPEND, or 0 from flush_data_cb. Any
-        thread.
+        """Have the callback called again that has returned SUSPEND, or 0. Any thread.
 
         It may come before the callback has returned, repeatedly, and when all is over.
         """
@@ -996,9 +916,7 @@ TAILROOM = 2        # and behind it, to end a chunk
 
 
 class Page:
-    """The response in the making, on the one buffer of the server; the access handler gets it
-    clean.
-    """
+    """The response in the making, on the server's one buffer. Handlers get it clean."""
     __slots__ = ("buffer", "view", "end", "limit", "fields", "_content_type")
 
     def __init__(self, size: int) -> None:
@@ -1025,8 +943,7 @@ class Page:
         self.fields = ()
 
     def write(self, data: Union[str, bytes, bytearray, memoryview]) -> int:
-        """Add bytes, or a str as UTF-8, to the content. As with a file: json.dump(x, page),
-        print(x, file=page).
+        """Add bytes, or a str as UTF-8, to the content: json.dump(x, page), print(x, file=page).
 
         BufferError when it does not fit into buf_size.
         """
@@ -1044,11 +961,10 @@ class Page:
         return self.end - HEADROOM
 
     def set_header(self, name: str, value: Union[str, int], add: bool = False) -> None:
-        """Set a header field; one of that name is replaced, unless `add`, or Set-Cookie.
-        Content-Length is for streams.
+        """Set a header field, in place of one of that name unless `add`, or Set-Cookie.
 
-        ValueError for CR, LF, NUL and what else may not stand there, and for fields that the server
-        sets.
+        Content-Length is for streams. ValueError for a character that may not stand there, such as
+        CR, and for fields that the server sets.
         """
         text = str(value)
         check_field(name, text)
@@ -1069,9 +985,7 @@ class Page:
         return None
 
     def with_fields(self, head: bytes) -> bytes:
-        """A response head with the handler's own fields at its end. Content-Length is there
-        already.
-        """
+        """A response head with the handler's fields at its end, but Content-Length: it is there."""
         lines = [head[:-2]]
         for name, value in self.fields:
             if name.lower() != "content-length":
@@ -1095,46 +1009,41 @@ _PATH = r'/[!"$&->@-\[\]-~]*(?:' + _ESCAPED + r'[!"$&->@-\[\]-~]*)*'
 _QUERY = r'[!"$&-\[\]-~]*(?:%(?!00)[!"$&-\[\]-~]*)*'
 ORIGIN_FORM_LINE = re.compile(
     "(" + TOKEN.pattern + ") ((" + _PATH + r")(?:\?(" + _QUERY + r"))?) HTTP/1\.([0-9])")
-REQUEST_LINE = re.compile(
-    "("
-    + TOKEN.pattern
-    + ") ("
-    + _PATH
-    + r"(?:\?"
-    + _QUERY
-    + ")?|(?!/)"
-    + _QUERY
-    + r") HTTP/([0-9])\.([0-9])"
-)
+REQUEST_LINE = re.compile("("
+                          + TOKEN.pattern
+                          + ") ("
+                          + _PATH
+                          + r"(?:\?"
+                          + _QUERY
+                          + ")?|(?!/)"
+                          + _QUERY
+                          + r") HTTP/([0-9])\.([0-9])")
 ABSOLUTE_FORM = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?%]*(?:%[0-9A-Fa-f]{2}[^/?%]*)*)(" + _PATH + r")?(?:\?(.*))?")
 AUTHORITY_FORM = re.compile(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}")
 _REG_NAME = r"[A-Za-z0-9_.~!$&'()*+,;=-]*"                              # RFC 3986, 3.2.2
-HOST = re.compile(
-    r"(?!:|\Z)(?:\[(?:([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~%-]+)?"
-    r"|[vV][0-9A-Fa-f]+\.[A-Za-z0-9_.~!$&'()*+,;=:-]+)\]|"
-    + _REG_NAME
-    + "(?:%[0-9A-Fa-f]{2}"
-    + _REG_NAME
-    + ")*)(?::([0-9]{0,5}))?"
-)
+HOST = re.compile(r"(?!:|\Z)(?:\[(?:([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~%-]+)?"
+                  r"|[vV][0-9A-Fa-f]+\.[A-Za-z0-9_.~!$&'()*+,;=:-]+)\]|"
+                  + _REG_NAME
+                  + "(?:%[0-9A-Fa-f]{2}"
+                  + _REG_NAME
+                  + ")*)(?::([0-9]{0,5}))?")
 # nearly every one: quickly found good
 PLAIN_HOST = re.compile("[A-Za-z0-9.-]+(?::[0-9]{1,4})?")
 FIELD_LINE = re.compile(_TOKEN + b":" + _VALUE)
 CONTENT_LENGTH = re.compile("0|[1-9][0-9]{0,17}")               # a leading zero is octal to some
 CODING = re.compile(TOKEN.pattern + "(?:[ \t]*;.*)?")
-CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*"
-    + _TOKEN
-    + rb"(?:[ \t]*=[ \t]*(?:"
-    + _TOKEN
-    + rb"|"
-    + _QUOTED
-    + rb"))?)*)\r\n"
-)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*"
+                        + _TOKEN
+                        + rb"(?:[ \t]*=[ \t]*(?:"
+                        + _TOKEN
+                        + rb"|"
+                        + _QUOTED
+                        + rb"))?)*)\r\n")
 # What may still become a chunk size line: bytes that cannot are refused at once.
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
 # RFC 9112, 2.2: clients that send too many
+CHUNK_LINE_REST = re.compile(_VALUE + rb"\r?")                  # once there is an extension
 EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")
 
 CHUNKED = -1            # beside a Content-Length of 0 or more
@@ -1156,9 +1065,7 @@ Buffer = Union[bytes, bytearray]
 
 
 class Fields(NamedTuple):
-    """A header section that the parser has accepted. Requests that bring the same bytes share
-    it.
-    """
+    """A header section that the parser has accepted; requests with the same bytes share it."""
     headers: Mapping[str, str]      # lower-case name -> value
     length: int                     # of the content in bytes, or CHUNKED
     connection_line: str            # what the answer says: KEEP, KEEP_1_0 or CLOSE
@@ -1227,27 +1134,15 @@ def parse_head(line: bytes, section: bytes, fields: Optional[Fields], methods: C
         raise HTTPError(501, "this method is not known here")
     if "%" in path:
         path = unquote(path)
-    root, slash, rest = path[1:].partition("/")
     version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
+    root, slash, rest = path[1:].partition("/")
     waits = fields.length != 0 or fields.expect != ""
-    return Head._make((
-        method,
-        target,
-        version,
-        path,
-        query or "",
-        root,
-        slash + rest,
-        "",
-        fields,
-        fields.connection_line,
-        waits,
-    ))
+    return Head._make((method, target, version, path, query or "", root, slash + rest, "", fields,
+                       fields.connection_line, waits))
 
 
 def parse_other_head(
-    line: bytes, section: bytes, methods: Collection[str], parse_line: ParseLine
-) -> Head:
+        line: bytes, section: bytes, methods: Collection[str], parse_line: ParseLine) -> Head:
     """The same for a target that is not in origin-form, and for another version."""
     method, text, major, minor = match_request_line(line)
     pairs = list(map(parse_line, section.split(b"\r\n")[:-2]))
@@ -1256,24 +1151,13 @@ def parse_other_head(
     if target.host:                 # RFC 9112, 3.2.2: it counts, not the Host field
         fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": target.host}))
     path = unquote(target.path)
+    version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
     root, slash, rest = path[1:].partition("/")
     if path == "*":
         root = "*"
-    version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
     waits = fields.length != 0 or fields.expect != ""
-    return Head._make((
-        method,
-        text,
-        version,
-        path,
-        target.query,
-        root,
-        slash + rest,
-        target.scheme,
-        fields,
-        fields.connection_line,
-        waits,
-    ))
+    return Head(method, text, version, path, target.query, root, slash + rest, target.scheme,
+                fields, fields.connection_line, waits)
 
 
 def parse_target(method: str, text: str, major: str) -> Target:
@@ -1330,16 +1214,12 @@ def parse_section(
     if "expect" in headers and not old:
         expect = parse_expect(headers["expect"])
     form = "content-type" in headers and media_type(headers["content-type"]) in (
-        URLENCODED,
-        MULTIPART,
-    )
+        URLENCODED, MULTIPART)
     return Fields(MappingProxyType(headers), length, connection_line, expect, form)
 
 
 def join_fields(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
-    """Values of a name become a list (RFC 9110, 5.3; RFC 6265, 5.4); also the names that come more
-    than once.
-    """
+    """Values of one name joined (RFC 9110, 5.3; RFC 6265, 5.4), and the names that repeat."""
     headers: dict[str, str] = {}
     repeated = set()
     for name, value in pairs:
@@ -1363,31 +1243,22 @@ def check_host_field(headers: Mapping[str, str], repeated: Collection[str], old:
 
 
 def content_length(headers: Mapping[str, str], repeated: Collection[str], old: bool) -> int:
-    """How the content is framed (RFC 9112, 6). Nothing is guessed: requests are smuggled through
-    doubts.
-    """
+    """How the content is framed (RFC 9112, 6). Nothing is guessed: doubts smuggle requests."""
     length = headers.get("content-length")
     if length is not None:
         once = "content-length" not in repeated
-        require(
-            once and CONTENT_LENGTH.fullmatch(length),
-            400,
-            "Content-Length is not 1 to 18 digits, once",
-        )
+        require(once and CONTENT_LENGTH.fullmatch(length), 400,
+                "Content-Length is not 1 to 18 digits, once")
     coding = headers.get("transfer-encoding")
     if coding is None:
         return int(length or 0)
     require(
-        length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0"
-    )
+        length is None and not old, 400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
     codings = list_members(coding)
     if codings != ["chunked"]:
         once = "transfer-encoding" not in repeated and "chunked" not in codings[:-1]
-        require(
-            once and all(map(CODING.fullmatch, codings)),
-            400,
-            "Transfer-Encoding is not chunked, once",
-        )
+        require(once and all(map(CODING.fullmatch, codings)), 400,
+                "Transfer-Encoding is not chunked, once")
         raise HTTPError(501, "no transfer coding but chunked is understood")
     return CHUNKED
 
@@ -1452,9 +1323,7 @@ class Beginning:
         self.searched = 0       # bytes that do not hold the end of the section
 
     def check_head(self, data: Buffer, limit: int) -> None:
-        """HTTPError if `data` can no longer become a head of at most `limit` bytes, empty lines not
-        counted.
-        """
+        """HTTPError if `data` can become no head of at most `limit` bytes behind empty lines."""
         start = end_of_empty_lines(data)
         end = min(len(data), start + limit)
         if self.place in (IN_METHOD, IN_TARGET):
@@ -1462,11 +1331,8 @@ class Beginning:
             line_end = data.find(b"\r\n", at, end)
             if line_end < 0:
                 self._match(data, at, end, "malformed request line")
-                require(
-                    len(data) == end,
-                    414,
-                    "the request line is longer than max_header_size, %d bytes" % limit,
-                )
+                require(len(data) == end, 414,
+                        "the request line is longer than max_header_size, %d bytes" % limit)
                 return
             match_request_line(data[start:line_end])
             self.place = AT_LINE
@@ -1476,8 +1342,7 @@ class Beginning:
             line_end = data.find(b"\r\n", start)
             check_target(data[start:line_end])  # another version is the graver fault
             raise HTTPError(
-                431, "the header section is longer than max_header_size, %d bytes" % limit
-            )
+                431, "the header section is longer than max_header_size, %d bytes" % limit)
 
     def check_trailers(self, data: Buffer, limit: int) -> None:
         """The same for a trailer section."""
@@ -1520,9 +1385,7 @@ class SizedContent:
         self.held = 0           # bytes that are kept here: never any
 
     def feed(self, data: bytes) -> Optional[bytes]:
-        """Take what has been received. Returns what came behind the content; None: more is to
-        come.
-        """
+        """Take received bytes. Returns what came behind the content; None: more is to come."""
         piece = data[:self.left]
         if piece:
             self.write(piece)
@@ -1540,9 +1403,8 @@ class ChunkedContent:
     """
 
     __slots__ = (
-        "limit", "overhead", "write", "data", "step", "left", "too_large", "trailers",
-        "whole",
-    )
+        "limit", "overhead", "write", "data", "step", "left", "good", "too_large", "trailers",
+        "whole")
 
     def __init__(
         self, limit: float, overhead: int, write: Callable[[bytes], Any], too_large: str
@@ -1553,6 +1415,7 @@ class ChunkedContent:
         self.too_large = too_large
         self.data = bytearray()             # received, and not understood yet
         self.left = 0                       # bytes of this chunk to come
+        self.good = 0                       # bytes of its size line that have been found good
         self.trailers = Beginning(AT_LINE)
         self.step = self._read_size
         self.whole = False
@@ -1569,9 +1432,14 @@ class ChunkedContent:
         return bytes(self.data) if self.whole else None
 
     def _read_size(self) -> bool:
-        end = self.data.find(b"\r\n")
+        end = self.data.find(b"\r\n", max(0, self.good - 1))
         if end < 0:
-            require(CHUNK_LINE_BEGIN.fullmatch(self.data), 400, "malformed chunk size or extension")
+            start, pattern = 0, CHUNK_LINE_BEGIN
+            if self.good >= 18:
+                start, pattern = self.good - 1, CHUNK_LINE_REST
+            begun = pattern.fullmatch(self.data, start)
+            require(begun, 400, "malformed chunk size or extension")
+            self.good = len(self.data)
             require(len(self.data) <= self.overhead + 17, 400, "the chunk extensions are too long")
             return False
         match = CHUNK_LINE.match(self.data)
@@ -1580,6 +1448,7 @@ class ChunkedContent:
         self.left = int(match[1], 16)
         self.overhead -= len(match[2])
         require(self.overhead >= 0, 400, "the chunk extensions are too long")
+        self.good = 0
         self.limit -= self.left
         require(self.limit >= 0, 413, self.too_large)
         del self.data[:end + 2]
@@ -1619,13 +1488,11 @@ class ChunkedContent:
         section = self.data[:end + 2]
         self.trailers.check_trailers(section, self.overhead)
         require(
-            section.count(b"\n") - 1 <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS
-        )
+            section.count(b"\n") - 1 <= MAX_FIELDS, 431, "more than %d trailer fields" % MAX_FIELDS)
         lines = section.decode("latin-1").split("\r\n")
         names = {line.partition(":")[0].lower() for line in lines}
         require(
-            NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section"
-        )
+            NO_TRAILERS.isdisjoint(names), 400, "a field that may not stand in a trailer section")
         del self.data[:end + 2]
         self.whole = True
         return False
@@ -1635,11 +1502,8 @@ Content = Union[SizedContent, ChunkedContent]
 
 
 def content_decoder(
-    length: int, limit: float, overhead: int, write: Callable[[bytes], Any]
-) -> Content:
-    """What takes the framing off the content of one request (RFC 9112, 6); 413 if it is larger than
-    `limit` bytes.
-    """
+        length: int, limit: float, overhead: int, write: Callable[[bytes], Any]) -> Content:
+    """What takes the framing off one request's content (RFC 9112, 6); 413 over `limit` bytes."""
     too_large = (
         "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size"
         % limit
@@ -1678,6 +1542,7 @@ class Memo:
         self.room = self.size                   # bytes left in the young one
         self.young: dict[bytes, Any] = {}
         self.old: dict[bytes, Any] = {}
+        self.stored: set[int] = set()           # the id() of each value
         self.once: set[int] = set()             # hashes of what has come once
 
     def recall(self, raw: bytes) -> Any:
@@ -1700,18 +1565,18 @@ class Memo:
         cost = weight(raw) + weight(value) + 100
         if cost > self.room:
             self.old = self.young.copy()
+            self.stored = set(map(id, self.old.values()))
             # the same dict: its look-up is bound on the hot path
             self.young.clear()
             self.room = self.size
         if cost <= self.room:
             self.room -= cost
             self.young[raw] = value
+            self.stored.add(id(value))
 
 
 class FieldLines(Dict[bytes, Tuple[str, str]]):
-    """Field lines that have been parsed, line -> (name, value), asked for by [] alone, which parses
-    what is missing.
-    """
+    """Field lines that have been parsed: line -> (name, value). [] parses what is missing."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -1731,9 +1596,7 @@ class FieldLines(Dict[bytes, Tuple[str, str]]):
 
 
 class Heads:
-    """Heads that have been parsed, by their bytes; where only the request line is new, the header
-    section below it; and where a field is new, the other lines.
-    """
+    """Heads that have been parsed, by their bytes; sections, below new request lines; and lines."""
 
     def __init__(self, size: int, scheme: str) -> None:
         self.scheme = scheme                        # that the server speaks
@@ -1745,11 +1608,20 @@ class Heads:
         self.recall = self.whole.young.get
         self.recall_section = self.sections.young.get
 
-    def read(self, raw: bytes, line: bytes, section: bytes, fields: Optional[Fields]) -> Head:
-        """The head that `raw` is, all of it; its two parts; and the second one's fields, if known.
+    def weight_of(self, head: Head) -> int:
+        """The bytes that a head under way takes, about; what is remembered is counted already."""
+        if id(head) in self.whole.stored:
+            return 300
+        fields = head.fields
+        size = 300 + len(head.target) + 2 * sys.getsizeof(head.path, 100)
+        if id(fields) not in self.sections.stored:
+            headers = fields.headers
+            size += 400 + 130 * len(headers)
+            size += sum(map(len, headers)) + sum(map(len, headers.values()))
+        return size
 
-        HTTPError refuses it.
-        """
+    def read(self, raw: bytes, line: bytes, section: bytes, fields: Optional[Fields]) -> Head:
+        """The Head of `raw`, which is `line` and `section`. `fields`: the section's, if known."""
         if raw in self.whole.old:
             remembered: Head = self.whole.recall(raw)
             return remembered
@@ -1767,14 +1639,172 @@ class Heads:
         return head
 
 
+# -------------------------------------------------------------------------------------------- Spool
+# What memory has no room for, and is to be kept for a while, goes to unlinked temporary files.
+
+SPOOL_PIECE = 2**18         # bytes that are read back at a time
+
+
+def is_memory(directory: str) -> bool:
+    """Whether a directory lies in a file system that is memory itself."""
+    best, kind = "", ""
+    with suppress(OSError):
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, place, found, *_ = line.split(" ")
+                inside = os.path.commonpath([place, directory]) == place
+                if inside and len(place) >= len(best):
+                    best, kind = place, found
+    return kind in ("tmpfs", "ramfs")
+
+
+class Disk:
+    """The temporary files of a server: `size` bytes together at most, and never more than is free.
+
+    `spare` says how many bytes may be held in memory instead; `make_room` closes somebody who is
+    behind and holds what is short, and says whether there was one. """
+
+    def __init__(
+        self, size: int, spare: Callable[[], int], make_room: Callable[[OSError], bool]
+    ) -> None:
+        self.directory = os.path.realpath(os.environ.get("TMPDIR") or "/var/tmp")
+        self.size = size
+        self.spare = spare
+        self.make_room = make_room
+        self.used = 0               # bytes in files
+        self.free = 0               # bytes that the disk has, as it was a second ago
+        self.failing = False        # the log has been told
+        self.lock = threading.Lock()        # WSGI's threads write too
+        if size:
+            self._try()
+
+    def _try(self) -> None:
+        """See whether it works, at the start, when somebody reads the log."""
+        self.look()
+        try:
+            self.open().close()
+        except OSError as error:
+            self.size = 0
+            log.warning("%s: %s: what clients do not read is held in memory only; set TMPDIR to a "
+                        "directory that can be written", self.directory, error.strerror)
+        if self.size and is_memory(self.directory):
+            log.warning(
+                "%s, for temporary files, is memory: set TMPDIR, or spool_size to what it may take",
+                self.directory)
+
+    def look(self) -> None:
+        """Ask the system what is free."""
+        try:
+            found = os.statvfs(self.directory)
+            self.free = found.f_bavail * found.f_frsize
+        except OSError:
+            self.free = 0
+
+    def open(self) -> io.FileIO:
+        import tempfile             # 8 ms that a server need not pay which never needs it
+        file: Any = tempfile.TemporaryFile(buffering=0, dir=self.directory)
+        assert isinstance(file, io.FileIO)      # since there is no buffer
+        return file
+
+    def has_room(self, size: int) -> bool:
+        return self.used + size <= self.size and size <= self.free
+
+    def reserve(self, size: int) -> None:
+        """Take so many bytes. OSError: there is no room for them."""
+        with self.lock:
+            if not self.has_room(size):
+                raise OSError(
+                    errno.ENOSPC, "spool_size %d is used up, or the disk is full" % self.size)
+            self.used += size
+            self.free -= size
+
+    def give_back(self, size: int) -> None:
+        with self.lock:
+            self.used -= size
+
+    def complain(self, error: OSError) -> None:
+        """Say once that something could not be kept."""
+        if not self.failing:
+            self.failing = True
+            log.warning(
+                "%s: no room for what clients do not read: %s", self.directory, error.strerror)
+
+
+class Spool:
+    """Bytes that have to be kept: in memory while they are few, else in a file that nobody else can
+    open.
+
+    `disk`: the server's, see Request.disk. `few`: bytes. OSError: no descriptor, no room, a disk
+    that fails; what was there stays. It is closed with its last reference. One thread at a time.
+    """
+
+    def __init__(self, disk: Disk, few: int = 2**17) -> None:
+        self.disk = disk
+        self.few = few
+        self.size = 0                       # bytes that have been written
+        self.reserved = 0                   # of them in the file
+        self.file: Union[io.BytesIO, io.FileIO] = io.BytesIO()
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes that it takes of memory."""
+        return self.size - self.reserved
+
+    def write(self, data: Union[bytes, memoryview]) -> None:
+        """Add bytes at the end, all of them or none."""
+        most = min(self.few, self.disk.spare())
+        if isinstance(self.file, io.BytesIO) and self.size + len(data) > most:
+            self._leave_memory()
+        if isinstance(self.file, io.BytesIO):
+            self.file.write(data)
+        else:
+            self._append(self.file, memoryview(data))
+        self.size += len(data)
+
+    def _leave_memory(self) -> None:
+        assert isinstance(self.file, io.BytesIO)
+        file = self.disk.open()
+        if self.size:
+            self._append(file, self.file.getbuffer())
+        self.file = file
+
+    def _append(self, file: io.FileIO, data: memoryview) -> None:
+        self.disk.reserve(len(data))
+        self.reserved += len(data)
+        while data:
+            data = data[file.write(data):]
+
+    def read(self, at: int, size: int) -> bytes:
+        """At most so many bytes from this place on."""
+        if isinstance(self.file, io.BytesIO):
+            return bytes(self.file.getbuffer()[at:at + size])
+        return os.pread(self.file.fileno(), min(size, SPOOL_PIECE), at)
+
+    def reader(self) -> Union[io.BytesIO, io.BufferedReader]:
+        """All of it as a binary file."""
+        self.file.seek(0)
+        if isinstance(self.file, io.BytesIO):
+            return self.file
+        return io.BufferedReader(self.file)
+
+    def close(self) -> None:
+        self.file.close()
+        self.disk.give_back(self.reserved)
+        self.reserved = 0
+
+    def __del__(self) -> None:
+        self.close()
+
+
 # --------------------------------------------------------------------------------------- Connection
 
-# bytes of one recv(), so of the pipelined requests that one turn takes; as much as
+# Bytes of one recv(), so of the pipelined requests that one turn takes. As much as a TLS record:
+# nothing stays inside TLS then, where epoll does not see it.
 RECEIVE_SIZE = 16384
-                            # a TLS record, so that nothing stays inside TLS, where epoll does not
-                            # see it
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NOTHING = memoryview(b"")
+GREEDY = 16                 # requests that a connection has answered in one turn
+LEAST_RATE = 500            # bytes a second that a client has to take, or send
 LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
 LINGER_TIME = 30.0          # and seconds in all
 SHORT_REASON = 250          # bytes of an error text: the smallest page holds it
@@ -1792,9 +1822,11 @@ class Transport(NamedTuple):
     """What differs between HTTP and HTTPS. Replaced whole when certificates are loaded anew."""
     scheme: str
     first_state: Callable[[Connection], bool]
-    would_block: tuple[type[Exception], ...]    # what a socket raises that has to be waited for,
-    # and what to wait for then, whatever the state waits for
+    would_block: tuple[type[Exception], ...]    # What a socket raises that has to be waited for.
+    # What to wait for then, whatever the state waits for; without an entry: what the state waits
+    # for.
     wants: Mapping[type[Exception], int]
+    send_size: int                          # Bytes that one send() is given of a file.
     context: Any = None                         # ssl.SSLContext
     plan: Any = None                            # TLSPlan
 
@@ -1822,13 +1854,10 @@ class Responses:
         self.heads.clear()
 
     def head(self, status: int, content_type: str, size: int, connection_line: str) -> bytes:
-        """Status line and fields; the same for the rest of this second. `size`: bytes, or CHUNKED,
-        or UNTIL_CLOSE.
-        """
+        """Status line and fields, this second's. `size`: bytes, or CHUNKED, or UNTIL_CLOSE."""
         lines = [
             "HTTP/1.1 %d %s\r\nDate: %s\r\n" % (status, REASONS.get(status, ""), self.date),
-            connection_line,
-        ]
+            connection_line]
         if status not in (204, 304):
             if content_type:
                 lines.append("Content-Type: %s\r\n" % content_type)
@@ -1857,32 +1886,47 @@ class Refusal:
 NO_ROOT = Root("", "httpd", {}, "")
 
 
-def route(head: Head, connection: Connection) -> tuple[Root, AccessHandler]:
-    """Who answers a request, and who may: the root, and its handler or a Refusal. Once for every
-    request.
-    """
+def bytes_acked(sock: socket.socket) -> int:
+    """The bytes that the client's system has acknowledged; sent is not yet taken."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        # tcpi_bytes_acked of linux/tcp.h
+        return int.from_bytes(info[120:128], sys.byteorder)
+    except OSError:
+        return 0
+
+
+def route(head: Head, connection: Connection, body: bytes = b"") -> Request:
+    """The request for whoever answers it, and may: a root's handler, or a Refusal."""
     if pending_inits:
         initialize_late()
     root = roots.get(head.root) or roots.get("")
     if root is None:
-        # OPTIONS, the parser has seen to that: the server as a whole
-        if head.path == "*":
-            return Root(
-                "*", "httpd", dict.fromkeys(sorted(known_methods - {"TRACE"}), answer_options), ""
-            ), answer_options
-        return NO_ROOT, Refusal(HTTPError(404, "nothing is registered for this path"))
+        return Request(connection, head, *route_nowhere(head), body)
     handler = root.handlers.get(head.method)
     if handler is None:
-        return root, Refusal(
-            HTTPError(405, "this method is not allowed here", {"Allow": ", ".join(root.handlers)})
-        )
-    return root, handler
+        allowed = {"Allow": ", ".join(root.handlers)}
+        handler = Refusal(HTTPError(405, "this method is not allowed here", allowed))
+    return Request(connection, head, root, handler, body)
 
 
-def blame(error: BaseException, head: Head) -> HTTPError:
-    """What answers an exception of a callback: if it is no HTTPError that can be sent, the log has
-    the traceback.
-    """
+def route_nowhere(head: Head) -> tuple[Root, AccessHandler]:
+    """Who answers where no root is registered."""
+    if head.path == "*":        # OPTIONS, the parser has seen to that: the server as a whole
+        methods = sorted(known_methods - {"TRACE"})
+        return Root("*", "httpd", dict.fromkeys(methods, answer_options), ""), answer_options
+    return NO_ROOT, Refusal(HTTPError(404, "nothing is registered for this path"))
+
+
+def blame(error: BaseException, request: Request) -> HTTPError:
+    """The answer to a callback's exception. All but a sound HTTPError is logged.
+
+    SystemExit and CancelledError are answered too: no client may end the server. KeyboardInterrupt
+    is raised again, and whatever happens in a process that the callback has forked: that serves
+    nobody. """
+    if isinstance(error, KeyboardInterrupt) or not request._connection.server.is_ours():
+        raise error
+    head = request._head
     if isinstance(error, HTTPError):
         try:
             # it may have been changed
@@ -1891,13 +1935,8 @@ def blame(error: BaseException, head: Head) -> HTTPError:
                 return sound
         except (TypeError, ValueError) as wrong:
             error = wrong
-    log.error(
-        "%s %r: a callback of root path %r failed",
-        head.method,
-        head.target,
-        head.root,
-        exc_info=error,
-    )
+    log.error("%s %r: a callback of root path %r failed", head.method, head.target, head.root,
+              exc_info=error)
     return HTTPError(500, "the handler failed, the log of the server says why")
 
 
@@ -1932,15 +1971,28 @@ def tell_observers(response: Response, whole: bool) -> None:
             log.exception("an observer failed")
 
 
+class Unsent:
+    """Output in a temporary file, and the state that follows when it has left."""
+    __slots__ = ("spool", "at", "then")
+
+    def __init__(self, disk: Disk, output: memoryview, then: State) -> None:
+        self.spool = Spool(disk, few=0)
+        self.spool.write(output)
+        self.at = 0                 # bytes that have left
+        self.then = then
+
+
 class Exchange:
-    """A request that outlives its turn: its content is on its way, it is suspended, or its response
-    is a stream.
-    """
-    __slots__ = ("request", "begun", "decoder", "content", "stream", "status", "last")
+    """A request that outlives its turn: it comes, it is suspended, or its response streams."""
+
+    __slots__ = (
+        "request", "begun", "weight", "kept", "decoder", "content", "stream", "status", "last")
 
     def __init__(self, request: Request, begun: float) -> None:
         self.request = request
         self.begun = begun                          # when its head was there
+        self.weight = request._connection.server.heads.weight_of(request._head)
+        self.kept = 0                               # bytes that the handler says it keeps
         self.decoder: Optional[Content] = None      # until the content is whole
         # what has come of it, unless upload_data_cb takes it
         self.content = bytearray()
@@ -1950,10 +2002,16 @@ class Exchange:
 
     def size(self) -> int:
         """The bytes that it keeps in memory."""
-        size = len(self.request.body) + len(self.content)
+        size = self.weight + self.kept + len(self.request.body) + len(self.content)
         if self.decoder is not None:
             size += self.decoder.held
         return size
+
+    def responses(self) -> list[Response]:
+        """What observers are told when a stream has ended."""
+        if not observers or self.stream is None:
+            return []
+        return [Response(self.request, self.status, self.stream.sent, self.begun)]
 
     def upload(self, data: bytes) -> None:
         """Hand a piece of the content to upload_data_cb. What that raises refuses the rest."""
@@ -1961,16 +2019,12 @@ class Exchange:
         try:
             if root.upload is not None:
                 root.upload(self.request, data)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
-            raise blame(error, self.request._head) from None
+            raise blame(error, self.request) from None
 
 
 class Stream:
-    """A response whose content flush_data_cb makes in the page, piece by piece; the first piece has
-    the head before it.
-    """
+    """A response whose content flush_data_cb makes in the page, piece by piece."""
     __slots__ = ("request", "head", "chunked", "left", "sent", "waits", "ended")
 
     def __init__(self, request: Request, head: bytes, length: int) -> None:
@@ -1984,9 +2038,7 @@ class Stream:
         self.ended = False
 
     def next_piece(self, page: Page, room: int) -> memoryview:
-        """What is to be sent next, of at most `room` bytes of content. Nothing: not yet, or it has
-        ended.
-        """
+        """What is sent next: at most `room` bytes of content. Nothing: not yet, or it has ended."""
         flush = self.request._root.flush
         if self.ended or self.waits or flush is None:
             self.waits = False
@@ -1999,8 +2051,7 @@ class Stream:
         most = min(room, self.left)
         if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
             raise ValueError(
-                "flush_data_cb returned %r where it could give %.0f bytes" % (count, most)
-            )
+                "flush_data_cb returned %r where it could give %.0f bytes" % (count, most))
         head, self.head = self.head, b""
         if count == 0:
             self.waits = bool(head)
@@ -2033,10 +2084,7 @@ class Stream:
 
 
 def say_goodbye(connection: Connection, patient: bool = False) -> None:
-    """TLS: send close_notify; an end without it might be an attacker's (RFC 8446, 6.1).
-
-    `patient`: raise what says that the socket is full.
-    """
+    """TLS: send close_notify (RFC 8446, 6.1). `patient`: raise, if the socket is full."""
     unwrap = getattr(connection.sock, "unwrap", None)
     if unwrap is None:
         return
@@ -2046,14 +2094,6 @@ def say_goodbye(connection: Connection, patient: bool = False) -> None:
     except (OSError, ValueError) as error:
         if patient and connection.server.transport.wants.get(type(error)) == WRITE:
             raise
-
-
-def report_stream(connection: Connection, exchange: Exchange, whole: bool) -> None:
-    if observers and exchange.stream is not None:
-        tell_observers(
-            Response(exchange.request, exchange.status, exchange.stream.sent, exchange.begun),
-            whole,
-        )
 
 
 def begin_stream(connection: Connection, request: Request, status: int) -> memoryview:
@@ -2067,8 +2107,7 @@ def begin_stream(connection: Connection, request: Request, status: int) -> memor
     exchange.last = server.stopping or head.connection_line is CLOSE or length == UNTIL_CLOSE
     connection_line = CLOSE if exchange.last else head.connection_line
     raw = page.with_fields(
-        server.responses.head(status, page._content_type, length, connection_line)
-    )
+        server.responses.head(status, page._content_type, length, connection_line))
     if head.method != "HEAD" and request._root.flush is None:
         raise ValueError("the handler has set Content-Length %d and written nothing" % length)
     exchange.stream = Stream(request, raw, length)
@@ -2086,10 +2125,8 @@ def begin_stream(connection: Connection, request: Request, status: int) -> memor
     return first
 
 
-def check_expectation(connection: Connection, request: Request, limit: float) -> None:
-    """Whether the content is going to be read. HTTPError: the final answer comes now (RFC 9110,
-    10.1.1).
-    """
+def check_expectation(request: Request, limit: float) -> None:
+    """Whether the content will be read; HTTPError is the final answer (RFC 9110, 10.1.1)."""
     fields, handler = request._head.fields, request._handler
     if isinstance(handler, Refusal):
         short = fields.length == 0 or not fields.expect and 0 < fields.length <= limit
@@ -2100,15 +2137,14 @@ def check_expectation(connection: Connection, request: Request, limit: float) ->
 
 
 def begin_content(connection: Connection, head: Head) -> Optional[Request]:
-    """The request with its content, if that is here; None: it is on its way. HTTPError refuses
-    it unread.
+    """The request, if its content is here; None: it is on its way. HTTPError refuses it unread.
 
     What is refused but short is read all the same, and answered then, to keep the connection.
     """
     params, fields = connection.server.params, head.fields
     length = fields.length
-    root, handler = route(head, connection)
-    request = Request(connection, head, root, handler, b"")
+    request = route(head, connection)
+    root, handler = request._root, request._handler
     limit: float = params.post_buf_size if fields.form else params.receive_buf_size
     upload = (
         root.upload is not None
@@ -2125,7 +2161,7 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
         connection.received = connection.received[length:]
         return request
     connection.exchange = exchange = Exchange(request, connection.server.now)
-    check_expectation(connection, request, limit)
+    check_expectation(request, limit)
     if length == 0:
         return request
     write: Callable[[bytes], Any] = exchange.content.extend
@@ -2139,9 +2175,7 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
 
 
 def find_head(connection: Connection, data: bytes) -> tuple[int, int]:
-    """Where the next head begins and ends; 0 if it is not whole. HTTPError if it can no longer
-    become one.
-    """
+    """Where the next head begins and ends; 0: not whole. HTTPError: it cannot become one."""
     limit = connection.server.params.max_header_size
     start, searched = 0, 0
     if data.startswith(b"\r"):
@@ -2178,8 +2212,7 @@ class Connection:
 
     __slots__ = (
         "server", "sock", "peer", "state", "interest", "deadline", "received", "beginning",
-        "exchange", "out", "held", "lingers_until", "unreported",
-    )
+        "exchange", "out", "unsent", "acked", "held", "lingers_until", "unreported")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any) -> None:
         self.server = server
@@ -2194,16 +2227,16 @@ class Connection:
         self.exchange: Optional[Exchange] = None
         # what is to be sent; a view of the page only until `turn` returns
         self.out = NOTHING
-        self.held = 0                       # bytes counted against memory_budget
+        self.unsent: Optional[Unsent] = None        # what is to be sent first, in a file
+        self.acked = 0                      # bytes that the client's system had, a second ago
+        self.held: int = 0                  # bytes counted against memory_budget
         self.lingers_until = math.inf
         self.unreported: list[Response] = []        # responses whose end is not known yet
 
     # -- what it keeps, and its end
 
     def enter(self, state: State) -> bool:
-        """Go over into a state, which has its time from now on. False, since most states wait
-        then.
-        """
+        """Go over into a state, which has its time from now on. False: most states wait then."""
         self.state = state
         server = self.server
         limit: float = getattr(server.params, STATES[state].limit)
@@ -2211,10 +2244,7 @@ class Connection:
         return False
 
     def count(self) -> None:
-        """Count what this connection keeps between its turns; 503 if memory_budget has no room for
-        it.
-        """
-        server = self.server
+        """Count what is kept between turns; 503 if memory_budget has no room for it."""
         size = len(self.received)
         if self.out:
             whole: Any = self.out.obj               # a part of it keeps the whole
@@ -2222,11 +2252,10 @@ class Connection:
         if self.exchange is not None:
             size += self.exchange.size()
         more = size - self.held
-        if more > 0 and server.held + more > server.params.held_size:
+        if more > 0 and not self.server.has_memory(more, self):
             raise HTTPError(
-                503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"}
-            )
-        server.held += more
+                503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
+        self.server.hold(more)
         self.held = size
 
     def report(self, whole: bool) -> None:
@@ -2235,35 +2264,53 @@ class Connection:
         for response in unreported:
             tell_observers(response, whole)
 
-    def close(self, cut: bool = False) -> bool:
-        """Give everything back at once. `cut`: in TLS, do not say that this is the end of what
-        there is to send.
+    def close(self, cut: bool = False, reset: bool = False) -> bool:
+        """Give all back at once. `cut`: without close_notify, so that TLS shows a broken end.
+
+        `reset`: the kernel does not keep what it has not sent.
         """
         if self.state is closed:
             return False
-        if not cut:
-            say_goodbye(self)
         exchange = self.exchange
-        if exchange is not None and exchange.stream is not None:
-            report_stream(self, exchange, False)
-            # to which an orderly end is the whole: a reset
-            if exchange.request.version == "HTTP/1.0":
+        streams = exchange is not None and exchange.stream is not None
+        if exchange is not None and streams:
+            self.unreported += exchange.responses()
+            # To HTTP/1.0 an orderly end would be the content's.
+            reset = reset or exchange.request.version == "HTTP/1.0"
+        if not cut and not reset and not streams:
+            say_goodbye(self)
+        if reset:
+            with suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.report(False)
         self.received = b""
         self.beginning = None
         self.exchange = None
+        self.unsent = None
         self.out = NOTHING
         self.count()
-        self.server.forget(self)
-        self.sock.close()
         self.state = closed
+        self.server.forget(self)
         return False
+
+    def proceed(self) -> None:
+        """The others have had their turn."""
+        if self.state is let_others:
+            self.state = proceed
+            self.turn()
+
+    def is_closed(self) -> bool:
+        return self.state is closed
+
+    def is_sending(self) -> bool:
+        """Whether the client has to take something before anything else happens."""
+        return self.out is not NOTHING or STATES[self.state].waits_for == WRITE
 
     def expire(self) -> None:
         """The deadline has passed."""
-        if self.out:
-            push(self)
+        if self.is_sending():
+            log.debug("%s: closed after a time-out, its output is not read", self.peer)
+            self.close(cut=True, reset=True)
         else:
             STATES[self.state].at_deadline(self)
 
@@ -2271,22 +2318,6 @@ class Connection:
         """The server stops: nothing new begins here."""
         if not self.out and STATES[self.state].at_stop is ENDS:
             self.close()
-
-    def rank(self) -> int:
-        """Who goes first when room is needed: the lowest."""
-        return NEVER if self.out else STATES[self.state].rank
-
-    def turn_away(self) -> None:
-        """There is no room for this client: say so, or close where only a handshake could say
-        it.
-        """
-        if self.server.transport.context is not None:
-            self.close()
-            return
-        self.refuse(
-            HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"})
-        )
-        self.turn()
 
     def go_on(self, request: Request) -> None:
         """request.resume() was called."""
@@ -2297,16 +2328,9 @@ class Connection:
         """There is nothing left that a server that stops would have to wait for."""
         return not self.out and STATES[self.state].at_stop is OVER
 
-    def peer_certificate(self) -> Any:
-        """What ssl knows of the client's certificate; None if none was asked for."""
-        if not self.server.params.tls_ca_file:
-            return None
-        getpeercert = getattr(self.sock, "getpeercert", None)
-        if getpeercert is None:
-            return None
-        return getpeercert()
-
-    # -- answers
+    def is_silent(self) -> bool:
+        """Nothing has come yet."""
+        return not self.out and STATES[self.state].patience == 0
 
     def leave(self, size: int) -> None:
         """A response of `size` bytes is the last (RFC 9112, 9.6): what follows is ignored."""
@@ -2317,9 +2341,7 @@ class Connection:
     def finish(
         self, status: int, connection_line: str, with_content: bool, request: Optional[Request]
     ) -> memoryview:
-        """Put the head before the content, in the page. Returns what is to be sent; the state is
-        what follows.
-        """
+        """Put the head before the content, in the page, and choose the state that follows."""
         server = self.server
         responses = server.responses
         page = responses.page
@@ -2355,15 +2377,13 @@ class Connection:
     def answer_error(self, error: BaseException, request: Request) -> memoryview:
         """A line of text for what a handler has raised, or `route`."""
         head = request._head
-        refusal = blame(error, head)
+        refusal = blame(error, request)
         self.server.responses.write_error(refusal)
         connection_line = CLOSE if refusal.status in (400, 503) else head.connection_line
         return self.finish(refusal.status, connection_line, head.method != "HEAD", request)
 
     def refuse(self, refusal: HTTPError) -> None:
-        """Answer what is no request, or one whose content is not read, and close; answers before it
-        leave first.
-        """
+        """Answer what is no request, or is not read on, and close. Earlier answers come first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
         request = None
         if self.exchange is not None:
@@ -2397,6 +2417,8 @@ class Connection:
         page, head = self.server.responses.page, request._head
         if status == SUSPEND and isinstance(status, int):
             return self.suspend(request)
+        if page.end > self.server.sure:
+            self.server.find_room(page.end, request, self)
         status = checked_status(status)
         if status in (204, 304):                        # RFC 9110, 15.3.5 and 15.4.5: no content
             page.end = HEADROOM
@@ -2408,6 +2430,7 @@ class Connection:
         """The hot path: answer request by request; the answers to pipelined ones leave together."""
         server = self.server
         page = server.responses.page
+        left = GREEDY                               # requests that may be answered in this turn
         answers: Optional[bytearray] = None         # to pipelined requests
         try:
             while request is not None:
@@ -2417,15 +2440,11 @@ class Connection:
                 page._content_type = request._root.content_type
                 try:
                     status = request._handler(request, page)
-                    if status == 200 and page.end > HEADROOM and type(status) is int:
+                    if HEADROOM < page.end <= server.sure and status == 200 and type(status) is int:
                         piece = self.finish(
-                            200, head.connection_line, head.method != "HEAD", request
-                        )
+                            200, head.connection_line, head.method != "HEAD", request)
                     else:
                         piece = self.look_closer(request, status)
-                except KeyboardInterrupt:
-                    raise
-                # SystemExit and CancelledError too: no client may end the server
                 except BaseException as error:
                     piece = self.answer_error(error, request)
                 if answers is None:
@@ -2434,7 +2453,8 @@ class Connection:
                         break
                     answers = bytearray()
                 answers += piece
-                if self.state is not proceed or len(answers) > RECEIVE_SIZE:
+                left -= 1
+                if self.state is not proceed or left == 0 or len(answers) > RECEIVE_SIZE:
                     break
                 data = self.received
                 end_of_head = data.find(b"\r\n\r\n") + 4
@@ -2442,17 +2462,17 @@ class Connection:
                 known = server.heads.recall(data[:end_of_head])
                 if known is not None and not known.waits:
                     self.received = data[end_of_head:]
-                    root, handler = route(known, self)
-                    request = Request(self, known, root, handler, b"")
+                    request = route(known, self)
                 else:
                     request = self.next_request()
         finally:
             if answers:
                 answers += self.out                     # a 100 (Continue) for the next one
                 self.out = memoryview(answers)
-        return self.state is not idle and not STATES[self.state].waits_for
-
-    # -- requests
+        if self.state is proceed and left == 0:
+            self.state = let_others                 # who sends many requests at once waits his turn
+            server.loop.greedy.append(self)
+        return STATES[self.state].waits_for == 0
 
     def next_request(self) -> Optional[Request]:
         """Take the next request out of what has been received; None: it is not whole."""
@@ -2481,22 +2501,18 @@ class Connection:
         self.beginning = None
         if head.waits:
             return begin_content(self, head)
-        root, handler = route(head, self)
-        return Request(self, head, root, handler, b"")
+        return route(head, self)
 
     def take_content(self, data: bytes) -> Optional[Request]:
-        """The request, if its content is whole with this; None: more is to come. A second more for
-        every 500 bytes.
-        """
+        """The request, if its content is whole with this; None: more comes, and has earned time."""
         exchange = self.exchange
-        if exchange is None or exchange.decoder is None:
-            return None
+        assert exchange is not None and exchange.decoder is not None
         self.received = b""
         rest = exchange.decoder.feed(data)
         if rest is None:
             params, now = self.server.params, self.server.now
             longest = max(params.keep_alive, params.request_timeout)
-            self.deadline = min(self.deadline + len(data) / 500, now + longest)
+            self.deadline = min(self.deadline + len(data) / LEAST_RATE, now + longest)
             return None
         self.received = rest
         request = exchange.request
@@ -2504,8 +2520,6 @@ class Connection:
         exchange.decoder = None
         exchange.content = bytearray()
         return request
-
-    # -- the loop
 
     def turn(self) -> None:
         """Send what is due and run states, until one waits.
@@ -2530,7 +2544,7 @@ class Connection:
                 going = self.state(self)
         except self.server.transport.would_block as block:
             wanted = self.server.transport.wants.get(type(block))
-            self.keep_output(waiting)
+            self.keep_output()
         except BaseException as error:
             self.recover(error)
             return
@@ -2545,6 +2559,8 @@ class Connection:
             self.refuse(error)
             self.turn()
             return
+        if not self.server.is_ours():           # a forked process ends: it leaves the peer alone
+            raise error
         self.close(cut=True)
         if isinstance(error, OSError):
             log.debug("%s: the connection is lost: %s", self.peer, error)
@@ -2553,27 +2569,28 @@ class Connection:
         else:                                   # KeyboardInterrupt
             raise error
 
-    def keep_output(self, waiting: memoryview) -> None:
-        """The socket takes no more: what is left has to leave the page.
-
-        Its time begins, or begins anew if some has gone.
-        """
+    def keep_output(self) -> None:
+        """The socket takes no more: the rest leaves the page, for a file if it is not small."""
         if self.out is NOTHING:
             return
-        if self.out.obj is self.server.responses.page.buffer:
+        server = self.server
+        if len(self.out) > server.spare():
+            self.unsent = server.keep(self)
+        if self.unsent is not None:
+            self.out = NOTHING
+            self.state = unspool
+        elif self.out.obj is server.responses.page.buffer:
             self.out = memoryview(bytes(self.out))
-        if waiting is NOTHING or len(self.out) < len(waiting):
-            self.deadline = self.server.now + self.server.params.keep_alive
 
     def settle(self, wanted: Optional[int], waited: bool) -> None:
-        """At the end of a turn: count what is kept, and watch for what is waited for.
+        """At the end of a turn: report, count, and watch for what is waited for.
 
         `waited`: the state is the same as before, and has waited for output to leave.
         """
         if self.state is closed:
             return
         row = STATES[self.state]
-        if not self.out:
+        if not self.out and self.unsent is None:
             self.report(True)
             if waited:                      # it has left: the state has its time from now on
                 self.enter(self.state)
@@ -2588,17 +2605,20 @@ class Connection:
         if wanted is None:
             wanted = WRITE if self.out else row.waits_for
         if wanted != self.interest:
+            # its clock begins, and goes on over pieces
+            if wanted == WRITE and self.is_sending():
+                self.acked = bytes_acked(self.sock)
+                self.deadline = self.server.now + self.server.keep_alive
             self.watch(wanted)
 
     def find_no_room(self, refusal: HTTPError) -> None:
         """memory_budget is used up: 503, unless a response has begun."""
         streams = self.exchange is not None and self.exchange.stream is not None
-        if self.out or streams:
+        if self.out or streams or self.unsent is not None:
             log.warning(
                 "%s: closed: memory_budget is used up, by responses that clients do not read",
-                self.peer,
-            )
-            self.close(cut=True)
+                self.peer)
+            self.close(cut=True, reset=True)
         else:
             self.refuse(refusal)
             self.turn()
@@ -2645,24 +2665,19 @@ def shake_hands(connection: Connection) -> bool:
     suite, version, _ = sock.cipher()
     if version == "TLSv1.3" and suite not in transport.plan.suites13:
         log.debug(
-            "%s: closed: %s is not in tls_ciphers, which OpenSSL cannot be told",
-            connection.peer,
-            suite,
-        )
+            "%s: closed: %s is not in tls_ciphers, which OpenSSL cannot be told", connection.peer,
+            suite)
         return connection.close(cut=True)
     connection.enter(idle)
     return True
 
 
 def idle(connection: Connection) -> bool:
-    """Nothing of a request is here yet. If all that comes is a head that has been seen before, it
-    is not parsed.
-    """
+    """Nothing of a request is here. A head that was seen before is not parsed."""
     data = connection.sock.recv(RECEIVE_SIZE)
     head = connection.server.heads.recall(data)
     if head is not None and not head.waits:
-        root, handler = route(head, connection)
-        return connection.serve(Request(connection, head, root, handler, b""))
+        return connection.serve(route(head, connection))
     if not data:
         return connection.close()
     connection.received = data
@@ -2672,6 +2687,11 @@ def idle(connection: Connection) -> bool:
 def proceed(connection: Connection) -> bool:
     """More has been received with what is answered now."""
     return connection.serve(connection.next_request())
+
+
+def let_others(connection: Connection) -> bool:
+    """More has been received, and much has been answered: an event changes nothing."""
+    return False
 
 
 def receive(connection: Connection) -> bytes:
@@ -2700,27 +2720,38 @@ def receive_content(connection: Connection) -> bool:
 def stream(connection: Connection) -> bool:
     """The socket has taken the last piece of the content: the next is due."""
     exchange, server = connection.exchange, connection.server
-    if exchange is None or exchange.stream is None:
-        return False
+    assert exchange is not None and exchange.stream is not None
     try:
         piece = exchange.stream.next_piece(server.responses.page, server.room())
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
-        blame(error, exchange.request._head)
+        blame(error, exchange.request)
         return connection.close(cut=True)
     if piece:
         connection.out = piece
-        return connection.enter(stream)     # it goes on when others have had their turn
+        connection.state = stream
+        return False                        # it goes on when others have had their turn
     if exchange.stream.ended:
         return end_stream(connection, exchange)
     connection.wait_for_resume(exchange.request)
     return False
 
 
+def unspool(connection: Connection) -> bool:
+    """Output waits in a file: send what the socket takes of it, and keep nothing."""
+    unsent = connection.unsent
+    assert unsent is not None
+    piece = unsent.spool.read(unsent.at, connection.server.transport.send_size)
+    unsent.at += connection.sock.send(piece)
+    if unsent.at < unsent.spool.size:
+        return False                        # others have a turn
+    connection.unsent = None
+    connection.enter(unsent.then)
+    return True
+
+
 def end_stream(connection: Connection, exchange: Exchange) -> bool:
     """All of the response has left."""
-    report_stream(connection, exchange, True)
+    connection.unreported += exchange.responses()
     if exchange.last or connection.server.stopping:
         connection.leave(0)
         connection.exchange = None
@@ -2741,8 +2772,7 @@ def resumed(connection: Connection) -> bool:
 def go_on(connection: Connection) -> bool:
     """Call the callback again that waited."""
     exchange = connection.exchange
-    if exchange is None:
-        return False
+    assert exchange is not None
     exchange.request._resumed = False
     if exchange.stream is not None:
         return stream(connection)
@@ -2750,9 +2780,7 @@ def go_on(connection: Connection) -> bool:
 
 
 def suspended(connection: Connection) -> bool:
-    """A callback waits for resume(). An event of the socket means that more has come, which waits;
-    or the end.
-    """
+    """A callback waits for resume(). An event means that more has come, or the end."""
     if resumed(connection):
         return go_on(connection)
     if raw_recv(connection.sock, 1, socket.MSG_PEEK):
@@ -2768,15 +2796,13 @@ def overfull(connection: Connection) -> bool:
 
 
 def ask(connection: Connection) -> bool:
-    """A client that has gone looks like one that has only finished sending (RFC 9112, 9.6), and is
-    to be answered.
+    """A client that has gone looks like one that has only finished sending (RFC 9112, 9.6).
 
-    As long as nothing is sent, a 100 (Continue) tells, since the system of one that has gone
-    objects.
+    That one is to be answered. As long as nothing is sent, a 100 (Continue) tells: the system of
+    one that has gone objects.
     """
     exchange = connection.exchange
-    if exchange is None:
-        return False
+    assert exchange is not None
     if exchange.stream is not None or exchange.request.version == "HTTP/1.0":
         return connection.enter(half_closed)
     connection.out = memoryview(CONTINUE)
@@ -2784,9 +2810,7 @@ def ask(connection: Connection) -> bool:
 
 
 def half_closed(connection: Connection) -> bool:
-    """A callback waits for resume(), the client has ended its side, and cannot be asked. An event
-    is the end.
-    """
+    """A callback waits, the client has ended its side and cannot be asked."""
     if resumed(connection):
         return go_on(connection)
     if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -2843,53 +2867,86 @@ def refuse_late(connection: Connection) -> None:
     connection.turn()
 
 
-def push(connection: Connection) -> None:
-    """Output waits. epoll is silent until a third of the socket's buffer is free: try, before it
-    counts as stuck.
-    """
-    connection.turn()
-    if connection.deadline <= connection.server.now:
-        log.debug("%s: closed after a time-out, its output is not read", connection.peer)
-        connection.close(cut=True)
-
-
 State = Callable[[Connection], bool]
-# What stop() means for a connection.
-ENDS = "ends"
+ENDS = "ends"                               # What stop() means for a connection.
 FINISHES = "finishes"
 OVER = "over"
-LINGERING, SILENT, RECEIVING, NEVER = range(4)          # ranks
+# Seconds that a connection may be behind its time before it has to give way to others.
+SLOW = 5.0                  # for whoever has to take output,
+STAYS = math.inf            # and for whoever is not to go at all
 
 
 class StateRow(NamedTuple):
-    """What a state is. While output waits, the connection waits for WRITE, and is pushed at its
-    deadline.
-    """
+    """What a state is. While `out` waits, the connection waits for WRITE, as in `unspool`."""
     waits_for: int                              # READ, WRITE, HANG_UP, RESET; 0: it never waits
     limit: str                                  # of the time it may take: a parameter, or for_ever
     at_deadline: Callable[[Connection], None]
-    rank: int                                   # who goes first when room is needed
+    # seconds behind its time: then it may have to give way
+    patience: float
     at_stop: str
 
 
 STATES: dict[State, StateRow] = {
-    greet: StateRow(READ, "keep_alive", close_silently, SILENT, ENDS),
-    shake_hands: StateRow(READ, "request_timeout", close_silently, RECEIVING, ENDS),
-    idle: StateRow(READ, "keep_alive", close_silently, SILENT, ENDS),
-    receive_head: StateRow(READ, "request_timeout", refuse_late, RECEIVING, FINISHES),
-    receive_content: StateRow(READ, "request_timeout", refuse_late, RECEIVING, FINISHES),
-    proceed: StateRow(0, "request_timeout", push, NEVER, FINISHES),
-    stream: StateRow(WRITE, "keep_alive", push, NEVER, FINISHES),
-    suspended: StateRow(READ, "for_ever", close_silently, NEVER, FINISHES),
-    overfull: StateRow(HANG_UP, "for_ever", close_silently, NEVER, FINISHES),
-    half_closed: StateRow(RESET, "keep_alive", close_silently, NEVER, FINISHES),
-    asked: StateRow(RESET, "for_ever", close_silently, NEVER, FINISHES),
-    shut: StateRow(0, "request_timeout", close_silently, NEVER, FINISHES),
-    end: StateRow(0, "request_timeout", close_silently, NEVER, FINISHES),
-    linger: StateRow(READ, "request_timeout", close_silently, LINGERING, OVER),
-    closed: StateRow(0, "for_ever", close_silently, NEVER, OVER),
+    greet: StateRow(READ, "keep_alive", close_silently, 0, ENDS),
+    shake_hands: StateRow(READ, "request_timeout", close_silently, 1, ENDS),
+    idle: StateRow(READ, "keep_alive", close_silently, 0, ENDS),
+    receive_head: StateRow(READ, "request_timeout", refuse_late, 1, FINISHES),
+    receive_content: StateRow(READ, "request_timeout", refuse_late, 1, FINISHES),
+    proceed: StateRow(0, "request_timeout", close_silently, STAYS, FINISHES),
+    let_others: StateRow(READ, "request_timeout", close_silently, STAYS, FINISHES),
+    stream: StateRow(WRITE, "keep_alive", close_silently, SLOW, FINISHES),
+    unspool: StateRow(WRITE, "keep_alive", close_silently, SLOW, FINISHES),
+    suspended: StateRow(READ, "for_ever", close_silently, STAYS, FINISHES),
+    overfull: StateRow(HANG_UP, "for_ever", close_silently, STAYS, FINISHES),
+    half_closed: StateRow(RESET, "keep_alive", close_silently, STAYS, FINISHES),
+    asked: StateRow(RESET, "for_ever", close_silently, STAYS, FINISHES),
+    shut: StateRow(0, "request_timeout", close_silently, STAYS, FINISHES),
+    end: StateRow(0, "request_timeout", close_silently, STAYS, FINISHES),
+    linger: StateRow(READ, "for_ever", close_silently, 1, OVER),        # so these go first
+    closed: StateRow(0, "for_ever", close_silently, STAYS, OVER),
 }
-PLAIN = Transport("http", idle, (BlockingIOError,), {})
+
+def credit(connection: Connection) -> None:
+    """Once a second: what the client has acknowledged earns time, a second for each 500 bytes."""
+    if connection.interest == WRITE and connection.is_sending():
+        acked = bytes_acked(connection.sock)
+        earned = (acked - connection.acked) / LEAST_RATE
+        connection.deadline = min(
+            connection.deadline + earned, connection.server.now + connection.server.keep_alive)
+        connection.acked = acked
+
+
+def behind(connection: Connection) -> float:
+    """Seconds that it is behind its time, when somebody has to go; negative: it stays."""
+    row = STATES[connection.state]
+    limit, patience = row.limit, row.patience
+    if connection.out is not NOTHING:
+        limit, patience = "keep_alive", SLOW
+    allowed: float = getattr(connection.server.params, limit)
+    late = allowed - (connection.deadline - connection.server.now)
+    return late if late >= patience else -1.0
+
+
+def give_way(connection: Connection, politely: bool) -> None:
+    """Others need the room. `politely`: the page is free, for a line of text."""
+    row = STATES[connection.state]
+    if politely and not connection.is_sending() and row.at_deadline is refuse_late:
+        refuse_late(connection)
+    else:
+        connection.close(cut=True, reset=connection.is_sending())
+
+
+def turn_away(connection: Connection) -> None:
+    """No room for this client: say so, or just close where only a handshake could say it."""
+    if connection.server.transport.context is not None:
+        connection.close()
+        return
+    connection.refuse(
+        HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
+    connection.turn()
+
+
+PLAIN = Transport("http", idle, (BlockingIOError,), {}, SPOOL_PIECE)
 # By scheme: what makes the transport out of the parameters. The section TLS puts itself in.
 transports: dict[str, Callable[[Limits], Transport]] = {"http": lambda params: PLAIN}
 
@@ -2897,15 +2954,16 @@ transports: dict[str, Callable[[Limits], Transport]] = {"http": lambda params: P
 # --------------------------------------------------------------------------------------------- Loop
 
 ACCEPT_BATCH = 64           # connections taken in, before others get their turn,
+POLL_BATCH = 256            # events that one turn takes
+CLOSE_BATCH = 100           # sockets that one turn closes
+GREEDY_TIME = 0.005         # seconds a turn that are for who sends many requests at once
 EXPIRE_BATCH = 100          # and closed as late
 # seconds that the kernel waits for a request before it tells of a connection
 DEFER = 1
 
 
 class Mailbox:
-    """Requests whose resume() was called, and what wakes the loop for them. `post` and `ring` are
-    for any thread.
-    """
+    """Resumed requests, and what wakes the loop for them. post() and ring(): any thread."""
 
     def __init__(self) -> None:
         self.requests: deque[Request] = deque()
@@ -2939,9 +2997,7 @@ class Mailbox:
 
 
 def listen(ip: str, port: int) -> socket.socket:
-    """A listening socket; for the empty ip one for IPv6 and IPv4. OSError says which address it is
-    about.
-    """
+    """A listening socket; for the empty ip one for IPv6 and IPv4. OSError names the address."""
     every = ip in ("", "*")
     family = socket.AF_INET
     if ":" in ip or every and socket.has_ipv6:
@@ -3003,7 +3059,7 @@ class Watch:
         file, self._file = self._file, None
         if file is not None:
             with suppress(KeyError, ValueError):        # the loop has ended
-                self._loop.selector.unregister(file)
+                self._loop.remove(file)
 
 
 class Timer:
@@ -3030,9 +3086,7 @@ def call_safely(callback: Callable[[], Any]) -> None:
 
 
 class Loop:
-    """What a server waits with: made when it begins to listen, dropped whole when it ends. Nothing
-    of it crosses a fork.
-    """
+    """What a server waits with: made when it listens, dropped whole. It crosses no fork."""
 
     def __init__(self, ip: str, port: int) -> None:
         if not hasattr(select, "epoll"):
@@ -3042,16 +3096,41 @@ class Loop:
             )
         self.listener = Listener(ip, port)
         self.mailbox = Mailbox()
+        self.pid = os.getpid()
         self.selector = selectors.EpollSelector()
-        # for what selectors do not know; it is watched itself
+        # The same epoll, asked for at most POLL_BATCH events: what one turn takes is bounded, and a
+        # request costs 2 % less than by select().
+        self.poll = select.epoll.fromfd(os.dup(self.selector.fileno()))
+        self.callbacks: dict[int, Callable[[], Any]] = {}              # by descriptor
+        # For what selectors do not know; it is watched itself.
         self.hang_ups = select.epoll()
         self.waiting_for_end: dict[int, Callable[[], None]] = {}       # descriptor -> whom to tell
         self.timers: list[Timer] = []           # a heap
+        self.greedy: deque[Connection] = deque()        # who has more to be answered, others first
+        self.closing: deque[socket.socket] = deque()    # what is closed in parts
         self.owner: Optional[int] = None        # the thread that turns it
         self.turning = False                    # it is being turned just now
         self.ready = False                      # the init_proc_cb's have run
-        self.selector.register(self.mailbox.bell, READ, self.mailbox.answer)
-        self.selector.register(self.hang_ups.fileno(), READ, self._tell_of_ends)
+        self.add(self.mailbox.bell, READ, self.mailbox.answer)
+        self.add(self.hang_ups.fileno(), READ, self._tell_of_ends)
+
+    def is_ours(self) -> bool:
+        """Not a copy in a forked process: that must leave the epoll, and the peers, alone."""
+        return self.pid == os.getpid()
+
+    def add(self, file: Any, events: int, callback: Callable[[], Any]) -> None:
+        """Call the callback when the file is ready. OSError: the system has no more watches."""
+        key = self.selector.register(file, events)
+        self.callbacks[key.fd] = callback
+
+    def remove(self, file: Any) -> None:
+        key = self.selector.unregister(file)
+        self.callbacks.pop(key.fd, None)
+
+    def close_some(self) -> None:
+        """Close sockets, which takes the kernel 10 us each: thousands at once would be a pause."""
+        for _ in range(min(CLOSE_BATCH, len(self.closing))):
+            self.closing.popleft().close()
 
     def _tell_of_ends(self) -> None:
         for descriptor, _ in self.hang_ups.poll(0, 64):
@@ -3062,15 +3141,13 @@ class Loop:
     def change(
         self, sock: socket.socket, before: int, wanted: int, callback: Callable[[], None]
     ) -> None:
-        """Watch a connection for something else, of READ, WRITE, HANG_UP, RESET; 0: for nothing.
-        OSError.
-        """
+        """Watch a connection for READ, WRITE, HANG_UP, RESET instead; 0: for nothing. OSError."""
         if before in (READ, WRITE) and wanted in (READ, WRITE):
-            self.selector.modify(sock, wanted, callback)
+            self.selector.modify(sock, wanted)
             return
         self.forget(sock, before)
         if wanted in (READ, WRITE):
-            self.selector.register(sock, wanted, callback)
+            self.add(sock, wanted, callback)
         elif wanted:
             self.hang_ups.register(sock.fileno(), wanted)
             self.waiting_for_end[sock.fileno()] = callback
@@ -3078,7 +3155,7 @@ class Loop:
     def forget(self, sock: socket.socket, before: int) -> None:
         """Watch a connection no more."""
         if before in (READ, WRITE):
-            self.selector.unregister(sock)
+            self.remove(sock)
         elif before:
             self.waiting_for_end.pop(sock.fileno(), None)
             with suppress(OSError):
@@ -3091,12 +3168,12 @@ class Loop:
             return
         if wanted:
             try:
-                self.selector.register(listener.sock, READ, callback)
+                self.add(listener.sock, READ, callback)
             except OSError as error:            # the system's limit of watches: again in a second
                 log.error("nobody is taken in for a second: %s", error)
                 return
         else:
-            self.selector.unregister(listener.sock)
+            self.remove(listener.sock)
         listener.watched = wanted
 
     def stop_listening(self, callback: Callable[[], None]) -> None:
@@ -3115,13 +3192,53 @@ class Loop:
                 call_safely(callback)
 
     def close(self) -> None:
-        for closable in (self.listener.sock, self.mailbox, self.hang_ups, self.selector):
-            closable.close()
+        for sock in self.closing:
+            sock.close()
+        self.mailbox.close()
+        for file in (self.listener.sock, self.hang_ups, self.poll, self.selector):
+            file.close()
 
 
 # ------------------------------------------------------------------------------------------- Server
 
 servers: set[Server] = set()    # those that listen
+TURNED_AWAY = 16                # connections over the limit, which are being told so
+# What can be short: whether a connection would give some of it back.
+HOLDERS: dict[str, Callable[[Connection], Any]] = {
+    "descriptors": lambda connection: True,
+    "memory": lambda connection: connection.held,
+    "spool": lambda connection: connection.unsent,
+    "output": lambda connection: connection.held and connection.is_sending(),
+}
+
+
+class Candidates:
+    """Who has to give way when one thing is short: whoever is furthest behind his time."""
+
+    def __init__(self, holds: Callable[[Connection], Any]) -> None:
+        self.holds = holds
+        self.found: list[Connection] = []       # the last one first
+        # nobody was behind: then it is worth while to look again
+        self.idle_until = 0.0
+
+    def furthest(self, connections: Iterable[Connection], now: float,
+                 asking: Optional[Connection]) -> Optional[Connection]:
+        for looked in (False, True):
+            while self.found:
+                connection = self.found.pop()
+                if connection is not asking and behind(connection) >= 0 and self.holds(connection):
+                    return connection
+            if looked or now < self.idle_until:
+                break
+            ranked = []
+            for connection in connections:
+                late = behind(connection)
+                if late >= 0 and self.holds(connection):
+                    ranked.append((late, id(connection), connection))
+            self.found = [connection for _, _, connection in sorted(ranked)[-64:]]
+        if not self.found:
+            self.idle_until = now + 0.25
+        return None
 
 
 class Server:
@@ -3137,11 +3254,9 @@ class Server:
     reload_tls() are for any thread.
     """
     __slots__ = (
-        "params", "transport", "heads", "responses", "connections", "held", "requests",
-        "accepted", "keep_alive", "now", "stopping", "_loop", "_address", "_thread", "_ended",
-        "_stop_at",
-        "_next_tick", "_evictable", "__weakref__",
-    )
+        "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
+        "disk", "sure", "shortages", "turned_away", "keep_alive", "now", "stopping", "_loop",
+        "_address", "_thread", "_ended", "_stop_at", "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)
@@ -3150,10 +3265,14 @@ class Server:
         self.heads = Heads(params.memo_size, scheme)
         self.responses = Responses(params.buf_size)
         self.connections: set[Connection] = set()
-        self.held = 0                           # bytes that connections keep between their turns
+        self.held: int = 0                      # bytes that connections keep between their turns
         self.requests = 0                       # answered so far
         self.accepted = 0                       # connections so far
+        self.disk = Disk(params.spool_size, self.spare, self._make_room_for)
+        self.sure = HEADROOM + self.spare()  # an answer that ends before there finds room
+        self.shortages = {kind: Candidates(holds) for kind, holds in HOLDERS.items()}
         self.now = time.monotonic()             # when this turn began
+        self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
         self._loop: Optional[Loop] = None       # while it listens
@@ -3162,10 +3281,6 @@ class Server:
         self._ended = threading.Event()
         self._stop_at = math.inf                # when the grace of stop() ends
         self._next_tick = 0.0                   # when to look at deadlines
-        # with their deadlines: see _make_room
-        self._evictable: list[tuple[float, Connection]] = []
-
-    # -- for the connections
 
     @property
     def loop(self) -> Loop:
@@ -3174,10 +3289,72 @@ class Server:
             raise RuntimeError("the server does not listen: it has ended, or not begun")
         return self._loop
 
+    # -- what there is room for
+
+    def hold(self, more: int) -> None:
+        """Take so many bytes of memory_budget, or give them back."""
+        self.held += more
+        self.sure = HEADROOM + self.spare()
+
+    def spare(self) -> int:
+        """Bytes that one answer may take of memory: small ones always find room."""
+        return max(0, self.params.held_size - self.held) // 8
+
+    def has_memory(self, more: int, asking: Connection) -> bool:
+        """Whether so many bytes can be had, after everybody who is behind has gone."""
+        while self.held + more > self.params.held_size:
+            if not self._make_room("memory", asking):
+                return False
+        return True
+
+    def find_room(self, size: int, request: Request, asking: Connection) -> None:
+        """HTTPError, if a socket that takes nothing of the answer would leave it without room."""
+        while not self.disk.has_room(size) and self.held + size > self.params.held_size:
+            if not self._make_room("spool", asking) and not self._make_room("output", asking):
+                break
+        else:
+            return
+        if request.method in ("GET", "HEAD"):
+            raise HTTPError(
+                503, "no room is left for the answer, see spool_size", {"Retry-After": "1"})
+        raise HTTPError(500, "done, but the answer cannot be sent: no room is left, see spool_size")
+
+    def keep(self, connection: Connection) -> Optional[Unsent]:
+        """Put what a connection has to send into a file; None: there is no room."""
+        while True:
+            try:
+                return Unsent(self.disk, connection.out, connection.state)
+            except OSError as error:
+                if not self._make_room_for(error, connection):
+                    self.disk.complain(error)
+                    return None
+
+    def _make_room_for(self, error: OSError, asking: Optional[Connection] = None) -> bool:
+        """Close somebody who holds what an error says is short. False: there is nobody."""
+        kind = "descriptors" if error.errno in (errno.EMFILE, errno.ENFILE) else "spool"
+        return self._make_room(kind, asking)
+
+    def _make_room(self, kind: str, asking: Optional[Connection] = None) -> bool:
+        """Have whoever is furthest behind his time give way, of those who hold what is short."""
+        victim = self.shortages[kind].furthest(self.connections, self.now, asking)
+        if victim is None:
+            return False
+        log.debug("%s: closed, %s is short", victim.peer, kind)
+        give_way(victim, politely=kind == "memory")
+        return True
+
+    def _has_place(self) -> bool:
+        """Whether one more connection may be taken in."""
+        loop = self.loop
+        while len(self.connections) + len(loop.closing) >= self.params.max_open:
+            if loop.closing:
+                loop.close_some()
+            elif not self._make_room("descriptors"):
+                return False
+        return True
+
     def room(self) -> int:
-        """For a piece of a stream: less if clients do not read much; at least what a writable
-        socket takes whole.
-        """
+        """Bytes for a piece of a stream: fewer if clients do not read, never less than 512."""
         params = self.params
         return min(params.buf_size, max(512, (params.held_size - self.held) // 8))
 
@@ -3187,13 +3364,20 @@ class Server:
         if loop is not None:
             loop.mailbox.post(request)
 
+    def is_ours(self) -> bool:
+        """Not a copy in a process that a handler has forked."""
+        return self._loop is None or self._loop.is_ours()
+
     def forget(self, connection: Connection) -> None:
-        """A connection has ended."""
+        """A connection has ended. Its socket is closed at the end of the turn."""
         self.connections.discard(connection)
         loop = self._loop
         if loop is not None:
             loop.forget(connection.sock, connection.interest)
             loop.set_accepting(not self.stopping, self._accept)
+            loop.closing.append(connection.sock)
+        else:
+            connection.sock.close()
 
     # -- its life
 
@@ -3206,25 +3390,21 @@ class Server:
             self._serve(threading.Event())
 
     def start(self) -> None:
-        """Serve in a thread of its own. Returns when the init_proc_cb's have run; RuntimeError if
-        one has failed.
-        """
+        """Serve in a thread of its own, once. Returns when it is ready, or RuntimeError."""
         turning = self._loop is not None and self._loop.turning
         if turning or self._thread or self._ended.is_set():
             raise RuntimeError("a server starts only once: make a new one")
         loop = self._open()
         started = threading.Event()
         self._thread = threading.Thread(
-            target=self._serve, args=(started,), name="httpd", daemon=True
-        )
+            target=self._serve, args=(started,), name="httpd", daemon=True)
         self._thread.start()
         started.wait()
         if loop is not None and not loop.ready:
             raise RuntimeError("an init_proc_cb failed, see the traceback")
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop listening, let requests under way finish for at most `grace` seconds (None:
-        grace_timeout), close.
+        """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
 
         From a handler it returns at once, else when that is done. It may be repeated; the shortest
         grace counts.
@@ -3234,6 +3414,8 @@ class Server:
         me, loop = threading.get_ident(), self._loop
         if loop is None:                                    # it never has listened, or it has ended
             self._ended.set()
+            return
+        if not loop.is_ours():
             return
         loop.mailbox.ring()
         if self._thread is not None and self._thread.ident != me:
@@ -3254,9 +3436,7 @@ class Server:
         self.stop()
 
     def run_once(self, timeout: Optional[float] = None) -> None:
-        """Wait until there is something to do, or `timeout` seconds, and do it. After stop() it
-        does nothing.
-        """
+        """Wait for something to do, or `timeout` seconds, and do it; nothing once it has ended."""
         loop = self._open()
         if loop is None:
             return
@@ -3283,12 +3463,12 @@ class Server:
         return loop.selector.fileno() if loop is not None else -1
 
     def timeout(self) -> Optional[float]:
-        """Seconds until run_once() has something to do even if nothing is readable; None: there is
-        no such time.
-        """
+        """Seconds until run_once() has something to do by itself; None: never."""
         loop = self._loop
         if self._ended.is_set():
             return None
+        if loop is not None and (loop.greedy or loop.closing):
+            return 0.0
         due = math.inf
         if loop is None or self.connections or not loop.listener.watched:
             due = self._next_tick
@@ -3303,9 +3483,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it: http://127.0.0.1:8888, without a slash at the
-        end.
-        """
+        """Where a client on this machine finds it, such as http://127.0.0.1:8888."""
         host, port = self._where()
         if host in ("::", "0.0.0.0"):
             host = "127.0.0.1"
@@ -3328,12 +3506,11 @@ class Server:
         """
         self._open()
         loop = self.loop
-        loop.selector.register(file, events, functools.partial(call_safely, callback))
+        loop.add(file, events, functools.partial(call_safely, callback))
         return Watch(loop, file)
 
     def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
-        """Have the loop call `callback` after so many seconds, once, unless close() of what is
-        returned comes before.
+        """Call `callback` after so many seconds, once; close() of the result prevents it.
 
         For the server's thread, or before it serves.
         """
@@ -3341,10 +3518,9 @@ class Server:
         return self.loop.call_later(seconds, callback)
 
     def reload_tls(self) -> bool:
-        """Have connections from now on use the certificate, key and CA that are in the files now.
-        Any thread.
+        """Use the certificate, key and CA that are in the files now from here on. Any thread.
 
-        False if that cannot be: the log says why, and what was in use stays in use.
+        False if that cannot be: the log says why, and the old ones are used on.
         """
         if self.transport.context is None:
             log.warning("there is nothing to reload: tls_cert_file and tls_key_file are not set")
@@ -3387,19 +3563,25 @@ class Server:
 
     def _turn(self, loop: Loop, timeout: Optional[float]) -> None:
         """One poll, and a turn for all that is ready."""
-        ready = loop.selector.select(timeout)
+        if loop.greedy or loop.closing:
+            timeout = 0
+        ready = loop.poll.poll(timeout, POLL_BATCH)
         self.now = time.monotonic()
         if self.now >= self._next_tick:
             self.responses.begin_second()
         mailbox = loop.mailbox
         mailbox.busy = True
         try:
-            for key, _ in ready:
-                key.data()
+            for descriptor, _ in ready:
+                callback = loop.callbacks.get(descriptor)
+                if callback is not None:                    # else it has ended in this turn
+                    callback()
             if self._stop_at < math.inf and not self.stopping:
                 self._begin_stop(loop)
             if mailbox.requests:
                 self._go_on(mailbox)
+            if loop.greedy:
+                self._serve_greedy(loop)
             if loop.timers:
                 loop.call_due_timers(self.now)
             # after them: who has sent something is not late
@@ -3407,8 +3589,15 @@ class Server:
                 self._tick(loop)
         finally:
             mailbox.busy = False
+            loop.close_some()
             if mailbox.requests:                            # meanwhile; the next turn is theirs
                 mailbox.ring()
+
+    def _serve_greedy(self, loop: Loop) -> None:
+        """Answer more to those who have sent much, for a while."""
+        end = time.monotonic() + GREEDY_TIME
+        while loop.greedy and time.monotonic() < end:
+            loop.greedy.popleft().proceed()
 
     def _go_on(self, mailbox: Mailbox) -> None:
         """Have those requests called again that have been resumed."""
@@ -3420,12 +3609,16 @@ class Server:
     def _tick(self, loop: Loop) -> None:
         """Once a second: an end to what is over its deadline."""
         self._next_tick = min(self.now + 1, max(self._stop_at, self.now + 0.01))
+        for connection in self.connections:
+            credit(connection)
         late = [connection for connection in self.connections if connection.deadline <= self.now]
         for connection in late[:EXPIRE_BATCH]:
             connection.expire()
         # a pause of 1 ms, then others have a turn
         if len(late) > EXPIRE_BATCH:
             self._next_tick = self.now
+        if self.disk.used:
+            self.disk.look()
         loop.set_accepting(not self.stopping, self._accept)
 
     def _accept(self) -> None:
@@ -3437,41 +3630,24 @@ class Server:
             # mostly BlockingIOError: nobody waits any more
             except OSError as error:
                 short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-                if short and not self._make_room():
+                if short and not self._make_room("descriptors"):
                     log.error("nobody is taken in for a second: %s", error)
                     # the listener would be readable all the time
                     loop.set_accepting(False, self._accept)
                 return
             self.accepted += 1
             connection, before = Connection(self, sock, peer), self.requests
-            room = len(self.connections) < self.params.max_open or self._make_room()
+            room = self._has_place()
             self.connections.add(connection)
             if not room:
-                connection.turn_away()
+                self.turned_away.append(connection)
+                if len(self.turned_away) > TURNED_AWAY:
+                    self.turned_away.popleft().close()
+                turn_away(connection)
                 continue
             connection.turn()
-            if self.requests == before and connection.rank() == SILENT:
+            if self.requests == before and connection.is_silent():
                 connection.deadline -= DEFER                # it has been silent for so long already
-
-    def _make_room(self) -> bool:
-        """Close the connection that has been idle longest, or else the one that has been sending a
-        request longest.
-        """
-        for looked in (False, True):
-            while self._evictable:
-                deadline, connection = self._evictable.pop()
-                if connection.deadline == deadline and connection.rank() < NEVER:
-                    connection.close()
-                    return True
-            # one look at all of them serves for the next 64
-            if not looked:
-                found = [(connection.rank(), connection.deadline, id(connection), connection)
-                         for connection in self.connections if connection.rank() < NEVER]
-                found.sort()
-                self._evictable = [
-                    (deadline, connection) for _, deadline, _, connection in found[63::-1]
-                ]
-        return False
 
     # -- the end
 
@@ -3494,7 +3670,7 @@ class Server:
     def _close(self) -> None:
         self.stopping = True                                # nobody is taken in for those that go
         loop = self._loop
-        if loop is None:
+        if loop is None or not loop.is_ours():
             return
         loop.stop_listening(self._accept)
         for connection in list(self.connections):
@@ -3593,10 +3769,7 @@ def keywords() -> dict[str, tuple[str, list[str]]]:
     """Keyword: the set that it changes, and what it adds or removes there."""
     found: dict[str, tuple[str, list[str]]] = {}
     for kind, names in (
-        *NORMAL.items(),
-        ("CIPHER", "AES-256-CCM-8 AES-128-CCM-8"),
-        ("MAC", "SHA256 SHA384"),
-    ):
+        *NORMAL.items(), ("CIPHER", "AES-256-CCM-8 AES-128-CCM-8"), ("MAC", "SHA256 SHA384")):
         for name in names.split():
             bare = kind in ("CIPHER", "MAC", "KX")
             found[name if bare else kind + "-" + name] = kind, [name]
@@ -3629,9 +3802,7 @@ EXAMPLE = "for example NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"
 
 
 class Priority:
-    """A priority string on its way through GnuTLS' rules: ordered sets by kind, changed item by
-    item.
-    """
+    """A priority string under way through GnuTLS' rules: ordered sets by kind."""
 
     def __init__(self, none: bool) -> None:
         self.sets: dict[str, dict[str, None]] = {}      # dicts for their order
@@ -3643,9 +3814,7 @@ class Priority:
         self.notes: list[str] = []
 
     def read(self, sign: str, word: str) -> str:
-        """Have an item change the sets. Returns what there is to note; ConfigError says what is
-        wrong.
-        """
+        """Have an item change the sets. Returns what there is to note, or ConfigError."""
         self.words.add(word)
         if sign in ("", "+") and word in LEVELS:
             self.apply_level(sign, word)
@@ -3654,8 +3823,7 @@ class Priority:
         elif sign == "%":
             if not re.fullmatch(OPTIONS, word):
                 raise ConfigError(
-                    "is unknown, or cannot be enforced with Python's ssl: leave it out"
-                )
+                    "is unknown, or cannot be enforced with Python's ssl: leave it out")
         elif sign in ("+", "-"):
             return read_unsupported(sign, word)
         else:
@@ -3702,16 +3870,14 @@ def refuse_item(sign: str, word: str) -> None:
     """ConfigError for what is no item of a priority string."""
     if sign == "@" and not word.startswith(("SECLEVEL", "STRENGTH")):
         raise ConfigError(
-            "there is no system priority file here: write the string itself, " + EXAMPLE
-        )
+            "there is no system priority file here: write the string itself, " + EXAMPLE)
     if not sign and not word:
         raise ConfigError('is empty: fill it in or take out a ":"')
     if not sign and (word in KEYWORDS or word == "NONE"):
         raise ConfigError("needs + or -, or to be first")
     hint = nearest(word, KEYWORDS if sign else LEVELS)
     raise ConfigError(
-        "is unknown" + (hint or "; if it is OpenSSL's language, write it in GnuTLS', " + EXAMPLE)
-    )
+        "is unknown" + (hint or "; if it is OpenSSL's language, write it in GnuTLS', " + EXAMPLE))
 
 
 def read_priority(text: str) -> Priority:
@@ -3731,8 +3897,7 @@ def read_priority(text: str) -> Priority:
             note = priority.read(sign.replace("!", "-"), word)
         except ConfigError as error:
             raise ConfigError(
-                'tls_ciphers item %d, "%s": %s' % (number, item, error), "tls_ciphers"
-            ) from None
+                'tls_ciphers item %d, "%s": %s' % (number, item, error), "tls_ciphers") from None
         if note:
             priority.notes.append('item %d, "%s": %s' % (number, item, note))
     return priority
@@ -3770,38 +3935,37 @@ def suites_of(priority: Priority, protocols: Collection[str]) -> dict[str, list[
 def suites_named(triple: str) -> list[str]:
     """OpenSSL's name for key exchange, cipher and MAC, if it has them."""
     return [
-        re.sub(pattern, name, triple) for pattern, name in SUITES if re.fullmatch(pattern, triple)
-    ]
+        re.sub(pattern, name, triple) for pattern, name in SUITES if re.fullmatch(pattern, triple)]
 
 
-def curves_to_set(versions: Collection[str], groups: Collection[str]) -> list[str]:
-    """The groups to be set, by OpenSSL's names; none if its default is right, where FFDHE is for
-    TLS 1.3 only.
-    """
-    default = {name for name in NORMAL["GROUP"].split() if name in CURVES or "TLSv1.3" in versions}
-    if default <= set(groups):
+def curves_to_set(versions: Collection[str], groups: Collection[str], several: bool) -> list[str]:
+    """OpenSSL's names of the groups to set, one unless `several`; none: its default is right."""
+    # With TLS 1.3 the default has finite-field groups: a replayed ClientHello that asks for
+    # ffdhe8192 costs 120 ms and its sender nothing (D(HE)at, CVE-2002-20001). So one curve is set
+    # then, P-256 if it is enabled, since every client has it.
+    curves = [CURVES[name] for name in groups if name in CURVES]
+    if several:
+        return curves
+    if "TLSv1.3" in versions:
+        curves.sort(key="prime256v1".__ne__)        # it comes first
+    elif len(curves) == len(CURVES):
         return []
-    return [CURVES[name] for name in groups if name in CURVES]
+    return curves[:1]
 
 
 def check_suites13(suites: list[str]) -> bool:
-    """Whether the suites of TLS 1.3 are a part that the server's preference enforces; ConfigError
-    for another part.
-    """
+    """Whether the server's preference must enforce a part of TLS 1.3's suites; ConfigError."""
     best = list(SUITES13.values())[:len(suites)]
     if set(suites) != set(best):
-        raise ConfigError(
-            "tls_ciphers: Python's ssl cannot offer only %s for TLS 1.3: enable %s, "
-            "or write -VERS-TLS1.3"
-            % (" and ".join(suites), ", ".join(SUITES13)),
-            "tls_ciphers",
-        )
+        raise ConfigError("tls_ciphers: Python's ssl cannot offer only %s for TLS 1.3: enable %s, "
+                          "or write -VERS-TLS1.3"
+                          % (" and ".join(suites), ", ".join(SUITES13)),
+                          "tls_ciphers")
     return 0 < len(suites) < len(SUITES13)
 
 
 def tls_priority(text: str) -> TLSPlan:
-    """Read a GnuTLS priority string as `gnutls-cli -l --priority` 3.7.9 does; finite-field DHE is
-    never offered.
+    """Read a GnuTLS priority string as gnutls-cli 3.7.9 does; without finite-field DHE.
 
     ConfigError: a mistake, nothing left, or a restriction that Python's ssl cannot enforce.
     """
@@ -3823,8 +3987,10 @@ def tls_priority(text: str) -> TLSPlan:
             notes.append("%s: skipped, too old or no suite left" % name)
     if re.search(r"\b(SIGN-(?!ALL)|SECURE192|SECURE256|SUITEB)", " ".join(words)):
         notes.append("signatures: as OpenSSL likes, Python's ssl cannot restrict them")
-    if len(curves_to_set(versions, groups)) > 1:
-        first = next(name for name in groups if name in CURVES)
+    curves = [name for name in groups if name in CURVES]
+    one = curves_to_set(versions, groups, several=False)
+    if one and len(curves) > 1:
+        first = next(name for name in curves if CURVES[name] == one[0])
         notes.append("groups: before Python 3.15, which can set several, only %s" % first)
     tickets = words.isdisjoint(("PFS", "NO_TICKETS", "NO_TICKETS_TLS12"))
     return TLSPlan(versions, tuple(suites["TLSv1.2"]), tuple(suites["TLSv1.3"]), groups,
@@ -3869,8 +4035,7 @@ def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "")
     check_pem("tls_cert_file", cert_file, b"CERTIFICATE")
     check_pem("tls_key_file", key_file, b"PRIVATE KEY")
     with explained(
-        "tls_cert_file", "tls_cert_file %s with tls_key_file %s" % (cert_file, key_file)
-    ):
+        "tls_cert_file", "tls_cert_file %s with tls_key_file %s" % (cert_file, key_file)):
         # without one, OpenSSL would ask the terminal
         context.load_cert_chain(cert_file, key_file, password="")
         try_handshake(context, cert_file)
@@ -3896,12 +4061,12 @@ def explained(parameter: str, subject: str) -> Iterator[None]:
 
 
 def set_algorithms(context: ssl.SSLContext, plan: TLSPlan) -> None:
-    curves = curves_to_set(plan.versions, plan.groups)
     set_groups = getattr(context, "set_groups", None)   # from Python 3.15 on
+    curves = curves_to_set(plan.versions, plan.groups, several=set_groups is not None)
     if plan.ciphers:
         # names, never a string that OpenSSL would interpret
         context.set_ciphers(":".join(plan.ciphers))
-    if len(curves) > 1 and set_groups is not None:
+    if set_groups is not None:
         set_groups(":".join(curves))
     elif curves:
         context.set_ecdh_curve(curves[0])
@@ -3915,28 +4080,22 @@ def check_pem(parameter: str, path: str, kind: bytes) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            "%s: %s cannot be read: %s" % (parameter, path, reason), parameter
-        ) from None
+            "%s: %s cannot be read: %s" % (parameter, path, reason), parameter) from None
     if not re.search(b"-----BEGIN [A-Z0-9 ]*%s-----" % kind, content):
-        raise ConfigError(
-            "%s: %s has no BEGIN %s: is it the right file, in PEM?"
-            % (parameter, path, kind.decode()),
-            parameter,
-        )
+        raise ConfigError("%s: %s has no BEGIN %s: is it the right file, in PEM?"
+                          % (parameter, path, kind.decode()),
+                          parameter)
     if kind == b"PRIVATE KEY":
         if re.search(b"BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED", content):
             raise ConfigError(
                 "%s: %s is encrypted: remove the password with `openssl pkey`" % (parameter, path),
-                parameter,
-            )
+                parameter)
         if mode & 0o004:
             log.warning("%s: %s can be read by everybody: chmod o-r", parameter, path)
 
 
 def try_handshake(context: ssl.SSLContext, cert_file: str) -> None:
-    """Have a client that takes all suites begin a handshake, until it has checked the
-    certificate.
-    """
+    """Handshake with a client that takes all suites, until it has checked the certificate."""
     import ssl
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -3947,13 +4106,12 @@ def try_handshake(context: ssl.SSLContext, cert_file: str) -> None:
     asking = client.wrap_bio(down, up)
     answering = context.wrap_bio(up, down, server_side=True)
     try:
-        for side in (asking, answering, asking):
+        for side in (asking, answering, asking, answering, asking):     # it may be asked to retry
             with suppress(ssl.SSLWantReadError):
                 side.do_handshake()
     except ssl.SSLCertVerificationError as error:
         log.warning(
-            "tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message
-        )
+            "tls_cert_file: %s: clients will refuse it: %s", cert_file, error.verify_message)
 
 
 def tls_transport(params: Limits) -> Transport:
@@ -3962,15 +4120,12 @@ def tls_transport(params: Limits) -> Transport:
     plan = tls_priority(params.tls_ciphers)
     if plan.notes:
         skipped = any("skipped" in note for note in plan.notes)
-        log.log(
-            logging.WARNING if skipped else logging.INFO, "tls_ciphers: %s", "; ".join(plan.notes)
-        )
+        say = log.warning if skipped else log.info
+        say("tls_ciphers: %s", "; ".join(plan.notes))
     context = tls_context(plan, params.tls_cert_file, params.tls_key_file, params.tls_ca_file)
 
     class RecordSocket(ssl.SSLSocket):
-        """Sends a record of 16 KiB at a time: what of a larger piece has left when it blocks, ssl
-        does not tell.
-        """
+        """Sends 16 KiB at a time: ssl does not tell how much of a larger piece has left."""
 
         def send(self, data: Any, flags: int = 0) -> int:
             return super().send(data[:RECEIVE_SIZE], flags)
@@ -3978,7 +4133,7 @@ def tls_transport(params: Limits) -> Transport:
     context.sslsocket_class = RecordSocket
     would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     wants: dict[type[Exception], int] = {ssl.SSLWantReadError: READ, ssl.SSLWantWriteError: WRITE}
-    return Transport("https", greet, would_block, wants, context, plan)
+    return Transport("https", greet, would_block, wants, RECEIVE_SIZE, context, plan)
 
 
 checks["priority"] = tls_priority
@@ -3988,28 +4143,43 @@ transports["https"] = tls_transport
 # ------------------------------------------------------------------------------------------ mi_http
 # OpenSIPS' management interface: JSON-RPC 2.0 by POST, and the commands that every server has.
 
-class Pool:
-    """A few threads for what takes long. They start when there is work, and do not keep the program
-    from ending.
-    """
+POOL_WAITING = 1000         # jobs that wait for a thread: more are refused
 
-    def __init__(self, size: int) -> None:
+
+class Pool:
+    """A few threads for what takes long, and a queue of at most `waiting` jobs before them.
+
+    The threads start when there is work, again in a forked process, and do not keep the program
+    from ending. """
+
+    def __init__(self, size: int, waiting: int = POOL_WAITING) -> None:
         self.size = size
+        self.waiting = waiting
+        self._begin()
+
+    def _begin(self) -> None:
+        self.pid = os.getpid()
         self.started = 0
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
+    def is_full(self) -> bool:
+        return self.jobs.qsize() >= self.waiting
+
     def submit(self, job: Callable[[], None]) -> None:
         """Have a thread do it. It sees to its own exceptions."""
+        if self.pid != os.getpid():             # a fork copies no threads
+            self._begin()
         self.jobs.put(job)
         if self.started < self.size:
             self.started += 1
-            threading.Thread(target=self._work, name="httpd-pool", daemon=True).start()
+            threading.Thread(
+                target=self._work, args=(self.jobs,), name="httpd-pool", daemon=True).start()
 
-    def _work(self) -> None:
+    def _work(self, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
         while True:
-            job = self.jobs.get()
+            job = jobs.get()
             job()
-            del job                     # it holds a request until the next one comes
+            del job                             # it holds a request until the next one comes
 
 
 class Command(NamedTuple):
@@ -4038,7 +4208,6 @@ class MIError(Exception):
         self.data = data
 
 
-MI_WAITING = 1000                       # commands that wait for a thread, at most
 mi_commands: dict[str, Command] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 # NaN and Infinity are no JSON: int() raises ValueError
@@ -4048,6 +4217,11 @@ _FLOAT = _INT + "([.][0-9]{1,17})?"
 # by annotation, which may be text
 NUMBERS = {int: _INT, "int": _INT, float: _FLOAT, "float": _FLOAT}
 STARTED = time.time()
+MI_BATCH = 100                          # calls in one batch
+TOO_MANY_CALLS = (
+    '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request","data":'
+    '"more than 100 calls in a batch"},"id":null}'
+)
 PARSE_ERROR = '{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
 
 
@@ -4061,8 +4235,7 @@ def register_mi(name: str, function: Callable[..., Any], *, threads: bool = Fals
     """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
         raise ConfigError(
-            'MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name
-        )
+            'MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
     mi_commands[name] = Command(function, threads)
 
 
@@ -4097,8 +4270,7 @@ def call_command(function: Callable[..., Any], given: Any) -> Any:
             bound = signature.bind(**given)
         for name, value in bound.arguments.items():
             bound.arguments[name] = convert_argument(
-                name, value, signature.parameters[name].annotation
-            )
+                name, value, signature.parameters[name].annotation)
     except TypeError as error:
         raise MIError(-32602, "Invalid params", str(error)) from None
     return function(*bound.args, **bound.kwargs)
@@ -4143,11 +4315,12 @@ def perform(call: Call, in_thread: bool = False) -> str:
         if call.command is None:
             raise MIError(-32601, "Method not found")
         result = encode_json(call_command(call.command.function, call.params))
-        return (
-            '{"jsonrpc":"2.0","result":%s,"id":%s}' % (result, call.ident) if call.answered else ""
-        )
+        if not call.answered:
+            return ""
+        return '{"jsonrpc":"2.0","result":%s,"id":%s}' % (result, call.ident)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and not in_thread:
+        forked = not all(server.is_ours() for server in servers)
+        if forked or isinstance(error, KeyboardInterrupt) and not in_thread:
             raise
         return refuse_call(call, describe_fault(call, error))
 
@@ -4166,8 +4339,7 @@ def describe_fault(call: Call, error: BaseException) -> dict[str, Any]:
     if not isinstance(error, MIError):
         log.error("the MI command %s failed", call.method, exc_info=error)
         error = MIError(
-            -32000, "Server error", "the command failed, the log of the server says why"
-        )
+            -32000, "Server error", "the command failed, the log of the server says why")
     described = {"code": error.code, "message": error.message}
     if error.data:
         described["data"] = error.data
@@ -4190,7 +4362,7 @@ class Batch:
         """The answer; None if it wants a thread."""
         if call.command is None or not call.command.threads:
             return perform(call)
-        if mi_pool().jobs.qsize() < MI_WAITING:
+        if not mi_pool().is_full():
             return None
         return refuse_call(call, {"code": -32000, "message": "Too many commands wait for a thread"})
 
@@ -4215,11 +4387,8 @@ class Batch:
 def check_origin(request: Request) -> None:
     """A page of another web site may not send commands."""
     own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
-    require(
-        request.headers["origin"].lower() == own.lower(),
-        403,
-        "pages of another origin may not send commands",
-    )
+    require(request.headers["origin"].lower() == own.lower(), 403,
+            "pages of another origin may not send commands")
 
 
 def begin_mi(request: Request) -> Union[str, Batch]:
@@ -4234,6 +4403,8 @@ def begin_mi(request: Request) -> Union[str, Batch]:
             value = json_decoder.decode(text)
     except (ValueError, RecursionError):
         return PARSE_ERROR
+    if isinstance(value, list) and len(value) > MI_BATCH:
+        return TOO_MANY_CALLS
     if isinstance(value, list) and value:
         return Batch(request, [read_call(member) for member in value], False)
     call = read_call(value)
@@ -4267,9 +4438,7 @@ def answer_mi(request: Request, page: Page) -> int:
 
 
 def mi_which(command: Optional[str] = None) -> list[Any]:
-    """All commands; or the parameter lists that one command takes, as opensips-cli wants them for
-    its completion.
-    """
+    """All commands; or one command's possible parameter lists, for opensips-cli's completion."""
     if command is None:
         return sorted(mi_commands)
     if not isinstance(command, str) or command not in mi_commands:
@@ -4343,10 +4512,8 @@ register_mi("ps", mi_ps)
 # PEP 3333 on the public callbacks: a response is an iterator of pieces, which flush_data_cb hands
 # out.
 
-# bytes of content that are held in memory before a temporary file takes them
-SPOOL_SIZE = 2**13
-AHEAD_SIZE = 2**16          # bytes that an application's thread may be ahead of the client
-PIECE_SIZE = 2**14          # bytes that are read back from a temporary file at a time
+AHEAD_SIZE = 2**16          # bytes of a response that wait for the client in memory,
+AHEAD_MOST = 2**24          # and in all: then its thread waits too
 WSGI_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 
 Application = Callable[[Dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -4365,7 +4532,7 @@ def wsgi_paths(request: Request) -> tuple[str, str]:
     return script, path[len(script):]
 
 
-def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]:
+def wsgi_environ(request: Request, content: Optional[Spool], threads: int) -> dict[str, Any]:
     """PEP 3333's dictionary. A field name with _ could pass for the one with -, and is left out."""
     from wsgiref.util import FileWrapper
     environ: dict[str, Any] = {}
@@ -4375,9 +4542,10 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
     for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
         if "HTTP_" + name in environ:
             environ[name] = environ.pop("HTTP_" + name)
+    body: Any = io.BytesIO()
     if content is not None:
-        environ["CONTENT_LENGTH"] = str(content.tell())     # known even if it came in chunks
-        content.seek(0)
+        environ["CONTENT_LENGTH"] = str(content.size)       # known even if it came in chunks
+        body = content.reader()
     script, path = wsgi_paths(request)
     server, port = request.server
     client, client_port = request.client
@@ -4393,7 +4561,7 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
         "REMOTE_PORT": str(client_port),
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": request.scheme,
-        "wsgi.input": content if content is not None else io.BytesIO(),
+        "wsgi.input": body,
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": threads > 1,
@@ -4405,17 +4573,14 @@ def wsgi_environ(request: Request, content: Any, threads: int) -> dict[str, Any]
 
 
 class WSGIResponse:
-    """What an application says by start_response(), write(), which hands on to `put`, and its
-    iterable.
-    """
+    """What an application says by start_response(), write() and its iterable."""
 
     def __init__(self, to_head: bool, put: Callable[[bytes], Any]) -> None:
         self.to_head = to_head
         self.put = put
         self.status = 0                             # until start_response() is called
         self.headers: list[tuple[str, str]] = []
-        # bytes of all the content, as Content-Length says
-        self.length: Optional[int] = None
+        self.length: Optional[int] = None   # bytes of all the content, as Content-Length says
         self.size: Optional[int] = None             # the same, as a list has them
         # bytes so far; after the first, the head is on its way
         self.count = 0
@@ -4423,9 +4588,7 @@ class WSGIResponse:
     def start(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], None]:
-        """start_response(). The reason phrase is lost, the server has its own; so are fields that
-        the server sets.
-        """
+        """start_response(). The reason phrase is lost, and the fields that the server sets."""
         if exc_info and self.count:
             raise exc_info[1].with_traceback(exc_info[2])
         if self.status and not exc_info:
@@ -4459,46 +4622,44 @@ class WSGIResponse:
         self.count += len(piece)
         if self.length is not None and self.count > self.length:
             raise RuntimeError(
-                "the application has made more than its Content-Length of %d" % self.length
-            )
+                "the application has made more than its Content-Length of %d" % self.length)
         return bool(piece) and not self.to_head and self.status not in (204, 304)
 
     def pieces(
-        self, app: Application, environ: dict[str, Any], written: Any
-    ) -> Generator[bytes, None, None]:
+            self, app: Application, environ: dict[str, Any], content: Optional[Spool],
+            written: Optional[Spool]) -> Generator[bytes, None, None]:
         """Run the application, with context variables of its own: Flask keeps there who is asking,
-        and others have a turn between the pieces. The iterable is closed however this ends, be it
-        with its last reference.
-        """
+        and others have a turn between the pieces. `written`: what write() has been given.
+
+        The iterable is closed however this ends, be it with its last reference. """
         run = copy_context().run
-        with environ["wsgi.input"], written:
+        result = None
+        try:
             result = run(app, environ, self.start)
-            try:
-                if isinstance(result, (list, tuple)):
-                    self.size = self.count + sum(map(len, result))
-                written.seek(0)
-                while piece := written.read(PIECE_SIZE):
+            if isinstance(result, (list, tuple)):
+                self.size = self.count + sum(map(len, result))
+            at = 0
+            while written is not None and at < written.size:
+                piece = written.read(at, AHEAD_SIZE)
+                at += len(piece)
+                yield piece
+            iterator = run(iter, result)
+            for piece in iter(functools.partial(run, next, iterator, None), None):
+                if self.wants(piece):
                     yield piece
-                iterator = run(iter, result)
-                while True:
-                    piece = run(next, iterator, None)
-                    if piece is None:
-                        break
-                    if self.wants(piece):
-                        yield piece
-                    elif piece:
-                        break                               # nobody wants the rest
-                if not self.status:
-                    raise RuntimeError("the application has not called start_response()")
-            finally:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    run(close)
+                elif piece:
+                    break                                   # nobody wants the rest
+            if not self.status:
+                raise RuntimeError("the application has not called start_response()")
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                run(close)
+            if content is not None:
+                content.close()
 
     def begin(self, page: Page, piece: memoryview) -> int:
-        """Put the fields on the page, and the first piece if it is the only one. Returns the
-        status.
-        """
+        """Put the fields on the page, and the first piece if it is the only one; the status."""
         for name, value in self.headers:
             page.set_header(name, value, add=name.lower() != "content-length")
         length = self.size if self.length is None else self.length
@@ -4511,15 +4672,20 @@ class WSGIResponse:
 
 
 class Handover:
-    """An iterator of pieces that another thread makes. As long as the next one is not there, it
-    gives b"".
-    """
+    """An iterator of pieces that another thread makes. As long as the next one is not there: b"".
+
+    What the client has not taken waits in memory if it is little, then in a file, so that a
+    response which is not too large leaves its thread to others. """
 
     def __init__(self, request: Request) -> None:
         self.request: Optional[Request] = request
+        self.disk = request.disk
+        self.pid = os.getpid()
         self.changed = threading.Condition()
         self.queue: list[bytes] = []
         self.size = 0                               # bytes in it
+        self.spool: Optional[Spool] = None          # what comes behind the queue,
+        self.at = 0                                 # and how much of it has been taken
         self.end: Optional[BaseException] = None    # how the application has ended
 
     def fill(self, request: Request, pieces: Generator[bytes, None, None]) -> None:
@@ -4531,6 +4697,8 @@ class Handover:
                     for piece in pieces:
                         self.put(piece)
         except BaseException as error:
+            if self.pid != os.getpid():             # the application has forked: that process ends
+                raise
             end = error
             if request.closed and not isinstance(error, BrokenPipeError):
                 log.exception("an application failed, whose client is gone")
@@ -4539,29 +4707,53 @@ class Handover:
         request.resume()
 
     def put(self, piece: bytes) -> None:
-        """Wait until the client has taken what is here, if it is much. BrokenPipeError if the
-        client is gone.
-        """
+        """Wait if the client has much to take yet. BrokenPipeError if it is gone."""
         request = self.request
         if request is None:
             raise RuntimeError("write() was called after the application had ended")
         with self.changed:
-            while self.size > AHEAD_SIZE and not request.closed:
+            while not self._take_in(piece) and not request.closed:
                 self.changed.wait(1)                # nobody tells when the client goes
             if request.closed:
                 raise BrokenPipeError("the client is gone")
+        request.resume()
+
+    def _take_in(self, piece: bytes) -> bool:
+        """Keep a piece, if there is room for it."""
+        if self.spool is None and self.size <= AHEAD_SIZE:
             self.queue.append(piece)
             self.size += len(piece)
-        request.resume()
+            return True
+        try:
+            if self.spool is None:
+                self.spool = Spool(self.disk, few=0)
+                self.at = 0
+            if self.spool.size + len(piece) > AHEAD_MOST:
+                return False
+            self.spool.write(piece)
+        except OSError as error:                    # there is no room: it waits
+            self.disk.complain(error)
+            return False
+        return True
+
+    def _give_out(self) -> bytes:
+        """What comes next: all of the queue, else a part of the file."""
+        piece = b"".join(self.queue)
+        self.queue.clear()
+        self.size = 0
+        if not piece and self.spool is not None:
+            piece = self.spool.read(self.at, SPOOL_PIECE)
+            self.at += len(piece)
+            if self.at == self.spool.size:
+                self.spool = None
+        return piece
 
     def __iter__(self) -> Handover:
         return self
 
     def __next__(self) -> bytes:
         with self.changed:
-            end, piece = self.end, b"".join(self.queue)
-            self.queue.clear()
-            self.size = 0
+            end, piece = self.end, self._give_out()
             self.changed.notify()
         if end is not None and not piece:
             raise end
@@ -4575,6 +4767,7 @@ class Running:
         self.response = response
         self.pieces = pieces
         self.rest = memoryview(b"")                 # of the piece that is being sent
+        self.begin: Optional[Callable[[], None]] = None     # until a thread has begun
 
 
 def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
@@ -4591,6 +4784,20 @@ def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
     return size
 
 
+class Job:
+    """An application that waits for a thread. A client that goes takes along what waits for it."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = weakref.ref(running)
+
+    def __call__(self) -> None:
+        running = self.running()
+        if running is not None and running.begin is not None:
+            begin, running.begin = running.begin, None
+            del running
+            begin()
+
+
 class Mount:
     """A WSGI application at its root: the callbacks."""
 
@@ -4601,10 +4808,18 @@ class Mount:
 
     def upload(self, request: Request, data: bytes) -> None:
         """The upload_data_cb. Until the application runs, request.state is the content."""
-        from tempfile import SpooledTemporaryFile
         if request.state is None:
-            request.state = SpooledTemporaryFile(SPOOL_SIZE)
-        request.state.write(data)
+            request.state = Spool(request.disk)
+        while True:
+            try:
+                request.state.write(data)
+                break
+            except OSError as error:
+                if not request.disk.make_room(error):
+                    raise HTTPError(
+                        503, "no room is left for the content, see spool_size", {"Retry-After": "1"}
+                    ) from None
+        request.kept = request.state.in_memory
 
     def answer(self, request: Request, page: Page) -> int:
         """The access handler."""
@@ -4617,20 +4832,23 @@ class Mount:
         running.rest = memoryview(piece or b"")
         return running.response.begin(page, running.rest)
 
-    def begin(self, request: Request, content: Any) -> Running:
+    def begin(self, request: Request, content: Optional[Spool]) -> Running:
         """Have the application run, here or in a thread."""
-        from tempfile import SpooledTemporaryFile
-        written = SpooledTemporaryFile(SPOOL_SIZE)
+        if self.threads and self.pool.is_full():
+            raise HTTPError(503, "too many requests wait for a thread", {"Retry-After": "1"})
         environ = wsgi_environ(request, content, self.threads)
         to_head = request.method == "HEAD"
         if not self.threads:
+            written = Spool(request.disk)
             response = WSGIResponse(to_head, written.write)
-            return Running(response, response.pieces(self.app, environ, written))
+            return Running(response, response.pieces(self.app, environ, content, written))
         handover = Handover(request)
         response = WSGIResponse(to_head, handover.put)
-        pieces = response.pieces(self.app, environ, written)
-        self.pool.submit(functools.partial(handover.fill, request, pieces))
-        return Running(response, handover)
+        running = Running(response, handover)
+        pieces = response.pieces(self.app, environ, content, None)
+        running.begin = functools.partial(handover.fill, request, pieces)
+        self.pool.submit(Job(running))
+        return running
 
 
 def register_wsgi(module: str, root_path: str, app: Application, *, threads: int = 0) -> None:
@@ -4648,26 +4866,17 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
     """
     if not callable(app) or not isinstance(threads, int) or threads < 0:
         raise ConfigError(
-            "%s: no application, or no number of threads: %r, %r" % (module, app, threads)
-        )
+            "%s: no application, or no number of threads: %r, %r" % (module, app, threads))
     mount = Mount(app, threads)
     register_httpdcb(
-        module,
-        root_path,
-        mount.answer,
-        flush_wsgi,
-        content_type="",
-        upload_data_cb=mount.upload,
-        methods=WSGI_METHODS,
-        upload_limit=in_force("httpd")["wsgi_body_size"],
-    )
+        module, root_path, mount.answer, flush_wsgi, content_type="", upload_data_cb=mount.upload,
+        methods=WSGI_METHODS, upload_limit=in_force("httpd")["wsgi_body_size"])
 
 
 # --------------------------------------------------------------------------------------------- main
 
 def run(**parameters: Any) -> None:
-    """What the command line does: serve until SIGTERM or SIGINT; a second one ends the grace.
-    SIGHUP: reload_tls().
+    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload_tls().
 
     Main thread. ConfigError, or OSError if it cannot listen.
     """
@@ -4689,12 +4898,9 @@ def run(**parameters: Any) -> None:
     try:
         for number, handler in wanted.items():
             previous[number] = signal.signal(number, handler)
-        print(
-            banner,
-            *("  /%s  %s" % (root.name, root.module) for root in roots.values()),
-            sep="\n",
-            flush=True,
-        )
+        for root in roots.values():
+            banner += "\n  /%s  %s" % (root.name, root.module)
+        print(banner, flush=True)
         # full collections need not look at what was loaded: 3 ms
         freeze = getattr(gc, "freeze", None)
         if freeze is not None:
@@ -4733,9 +4939,10 @@ def print_in_force() -> None:
     plan = server.transport.plan
     if plan is not None:
         for name, value in plan._asdict().items():
-            if name == "notes":
-                continue
-            print("# TLS %s: %s" % (name, " ".join(value) if isinstance(value, tuple) else value))
+            if isinstance(value, tuple):
+                value = " ".join(value)
+            if name != "notes":
+                print("# TLS %s: %s" % (name, value))
         for note in plan.notes:
             print("# TLS notes: %s" % note)
     for root in roots.values():
@@ -4744,13 +4951,9 @@ def print_in_force() -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     import argparse                     # 6 ms, and only the command line needs it
-
     parser = argparse.ArgumentParser(
-        prog="httpd.py",
-        description="A management server over HTTP.",
-        epilog=describe_parameters(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("file", help="the configuration")
     add("-t", action="store_true", help="check the file, print what would be in force")
@@ -4773,8 +4976,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         else:
             run()
     except ConfigError as error:
-        # a parameter that has turned out to be wrong now
-        place = places.get(error.parameter)
+        place = places.get(error.parameter)  # a parameter that has turned out to be wrong now
         text = str(error)
         if place is not None:
             text = "%s: httpd: %s" % (place, re.sub("^httpd: ", "", text))

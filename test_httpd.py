@@ -1598,7 +1598,7 @@ def test_pipelined_requests_are_answered_in_order_in_one_send(server):
         assert int(found[50].headers["Content-Length"]) > 0
         assert [found[51].json()["body"], found[52].json()["body"]] == ["abc", "x"]
         assert end == "open"
-        assert cut != "whole" or system.count("send") + system.count("sendmsg") <= 3
+        assert cut != "whole" or system.count("send") + system.count("sendmsg") <= 4  # 16 in a turn
 
 
 def test_a_good_request_is_answered_even_when_rubbish_follows(server):
@@ -1803,7 +1803,7 @@ def test_partial_requests_behind_answered_ones_are_counted(server):
         client.sendall(get() + tail)
         assert pump(server, client)[0].startswith(b"HTTP/1.1 200")
     wait_for(lambda: server.held >= len(tails[0]) + 2 * 999, server)
-    assert len(tails[0]) + 2 * 999 <= server.held <= sum(map(len, tails))
+    assert len(tails[0]) + 2 * 999 <= server.held <= sum(map(len, tails)) + 4000  # and the heads under way
     for client in clients:
         client.close()
     wait_for(lambda: not server.connections, server)
@@ -2106,7 +2106,7 @@ def test_contents_of_requests_with_streams_are_counted(server):
     with connect(server) as client:
         client.sendall(post(b"x" * 1000, path=b"/s"))
         assert pump(server, client, b"\r\n\r\n")[1] == "open"
-        assert server.held == 1000
+        assert 1000 < server.held < 4000  # the content, and the head under way
         over.append(True)
         waiting[0].resume()
         assert pump(server, client, b"0\r\n\r\n") == (b"0\r\n\r\n", "open") and server.held == 0
@@ -2994,6 +2994,9 @@ def test_stuck_clients_do_not_keep_a_newcomer_out(raw):
         client.send(raw)
     wait_for(lambda: not raw or len(server.connections) == 100, server)
     assert len(server.connections) == (100 if raw else 0)  # the kernel keeps the silent ones for a while
+    end = time.monotonic() + 1.1  # who is a second behind may have to go
+    while raw and time.monotonic() < end:
+        server.run_once(0.1)
     for _ in range(3):
         data, end = exchange(server, get())
         assert data.startswith(b"HTTP/1.1 200") and len(server.connections) <= 100
@@ -3347,13 +3350,16 @@ BOTH, OLD = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2", "SECURE256:+SECURE192:
 
 
 PLAN_ROWS = [
-    ("NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2", False, True, [], "the recommended string loses nothing"),
+    ("NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2", False, True, [ONE_GROUP + "SECP256R1"],
+     "the recommended string loses the other groups"),
     ("SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", False, True, [SIGNATURES, ONE_GROUP + "SECP384R1"],
      "OpenSIPS' default"),
-    ("NORMAL", False, True, ["TLS1.1: skipped, too old or no suite left", "TLS1.0: skipped, too old or no suite left"],
+    ("NORMAL", False, True, ["TLS1.1: skipped, too old or no suite left", "TLS1.0: skipped, too old or no suite left",
+                            ONE_GROUP + "SECP256R1"],
      "old protocols"),
-    ("SECURE128:-VERS-TLS1.1:-VERS-TLS1.0:%SERVER_PRECEDENCE", True, True, [], "server preference"),
-    ("SECURE128:-VERS-ALL:+VERS-TLS1.3:-AES-128-GCM", True, True, [],
+    ("SECURE128:-VERS-TLS1.1:-VERS-TLS1.0:%SERVER_PRECEDENCE", True, True, [ONE_GROUP + "SECP256R1"],
+     "server preference"),
+    ("SECURE128:-VERS-ALL:+VERS-TLS1.3:-AES-128-GCM", True, True, [ONE_GROUP + "SECP256R1"],
      "two of three TLS 1.3 suites need server preference"),
     ("SECURE128:-VERS-ALL:+VERS-TLS1.2:%NO_TICKETS", False, False, [], "no tickets"),
     ("SECURE128:-VERS-ALL:+VERS-TLS1.2:%NO_TICKETS_TLS12", False, False, [], "no tickets for TLS 1.2: none at all"),
@@ -3679,12 +3685,13 @@ def test_offer(pki, row):
 
 
 GROUP_ROWS = [
-    (BOTH, "SECP256R1 SECP384R1 SECP521R1 X25519 X448 FFDHE2048", "all"),
+    (BOTH, "SECP256R1", "all: one curve, since TLS 1.3 has finite-field groups by default (D(HE)at)"),
     (OLD, "SECP384R1", "OpenSIPS' default"),
     ("NORMAL:-GROUP-ALL:+GROUP-SECP521R1", "SECP521R1", "one"),
     ("PFS:-GROUP-X448", "SECP256R1", "all but one: the first"),
     ("NORMAL:-GROUP-DH-ALL", "SECP256R1", "all but FFDHE, which OpenSSL's default has"),
-    ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP384R1", "the first of two"),
+    ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP256R1", "P-256 wherever it stands: every client has it"),
+    ("NORMAL:-GROUP-ALL:+GROUP-X25519:+GROUP-SECP384R1", "X25519", "without P-256 the first"),
 ]
 
 
@@ -4795,7 +4802,7 @@ def test_a_client_that_goes_ends_its_application(running, threads, caplog):
         ahead = 0
         while len(given) > ahead:  # until it waits for the client
             ahead = len(given)
-            assert ahead < 1000
+            assert ahead < 3000  # 16 MiB, in a file
             time.sleep(0.05)
         assert not closed.is_set()
     gc.disable()

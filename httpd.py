@@ -326,7 +326,8 @@ class Limits:
         for name, other, missing in (
                 ("tls_cert_file", "tls_key_file", "tls_key_file: HTTPS wants both"),
                 ("tls_key_file", "tls_cert_file", "tls_cert_file: HTTPS wants both"),
-                ("tls_ca_file", "tls_cert_file", "tls_cert_file and tls_key_file: HTTPS wants them")):
+                ("tls_ca_file", "tls_cert_file",
+                 "tls_cert_file and tls_key_file: HTTPS wants them")):
             if getattr(self, name) and not getattr(self, other):
                 raise ConfigError("httpd: %s is set without %s" % (name, missing), name)
 

@@ -100,8 +100,7 @@ __all__ = [
     "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi",
     "modparam", "loadmodule", "load_config",
     "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
-    "tls_priority", "tls_context", "TLSPlan",
-]
+    "tls_priority", "tls_context", "TLSPlan"]
 log = logging.getLogger("httpd")
 
 
@@ -202,7 +201,7 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
                   kind="address"),
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
         Parameter("memory_budget", 4 * 2**20,
-                  "bytes that a process may hold for all connections together", 2**16),
+                  "bytes that a process may hold for all connections together", 2**16, 2**40),
         Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget",
                   256, zero=True),
         Parameter("post_buf_size", 1024,
@@ -338,8 +337,7 @@ class Limits:
             raise ConfigError(
                 "httpd: memory_budget %d has no room for buf_size and a whole request: "
                 "set it to at least %d" % (self.memory_budget, least),
-                "memory_budget",
-            )
+                "memory_budget")
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
@@ -528,9 +526,8 @@ class HTTPError(Exception):
     From an MI command, status and reason are the code and the message of the JSON-RPC error.
     """
 
-    def __init__(
-        self, status: int, reason: str = "", headers: Optional[Mapping[str, str]] = None
-    ) -> None:
+    def __init__(self, status: int, reason: str = "",
+                 headers: Optional[Mapping[str, str]] = None) -> None:
         super().__init__(status, reason)
         self.status = int(status)
         self.reason = reason or REASONS.get(status, "")
@@ -641,8 +638,7 @@ def check_methods(module: str, name: str, methods: Sequence[str]) -> None:
     if not good:
         raise ConfigError(
             '%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE'
-            % (module, name)
-        )
+            % (module, name))
 
 
 def unregister_httpdcb(root_path: str) -> None:
@@ -666,15 +662,22 @@ def initialize() -> None:
             del pending_inits[0]
 
 
+def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> None:
+    """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
+    try:
+        callback(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        log.exception("%s failed", what)
+
+
 def initialize_late() -> None:
     """The same while the server runs: one that fails is logged and dropped."""
     with init_lock:
         while pending_inits:
-            try:
-                initialize()
-            except Exception:
-                log.exception("an init_proc_cb failed")
-                del pending_inits[0]
+            call_safely("an init_proc_cb", pending_inits[0])
+            del pending_inits[0]
 
 
 # ------------------------------------------------------------------------------------------ Request
@@ -787,9 +790,8 @@ class Request:
 
     __slots__ = ("state", "body", "_connection", "_head", "_root", "_handler", "_form", "_resumed")
 
-    def __init__(
-        self, connection: Connection, head: Head, root: Root, handler: AccessHandler, body: bytes
-    ) -> None:
+    def __init__(self, connection: Connection, head: Head, root: Root, handler: AccessHandler,
+                 body: bytes) -> None:
         self.state: Any = None
         self.body = body                # the content, transfer coding taken off
         self._connection = connection
@@ -801,8 +803,7 @@ class Request:
 
     # Lower-case name -> value, several joined by a comma. By C: a call less where handlers read it.
     headers: Mapping[str, str] = property(  # type: ignore[assignment]  # mypy wants a method here
-        operator.attrgetter("_head.fields.headers")
-    )
+        operator.attrgetter("_head.fields.headers"))
 
     @property
     def method(self) -> str:
@@ -858,8 +859,10 @@ class Request:
     def client_cert(self) -> Optional[ClientCert]:
         """The certificate that the client has presented; None without tls_ca_file."""
         getpeercert = getattr(self._connection.sock, "getpeercert", None)
-        found = getpeercert() if getpeercert is not None else None
-        if not found:                       # ssl has none, or was not told to ask for one
+        if getpeercert is None:
+            return None
+        found = getpeercert()
+        if not found:                       # it was not asked for
             return None
         return ClientCert(describe_subject(found["subject"]), found["serialNumber"])
 
@@ -877,7 +880,9 @@ class Request:
     def kept(self) -> int:
         """Bytes that the handler keeps in memory for a request under way: they are counted."""
         exchange = self._connection.exchange
-        return exchange.kept if exchange is not None else 0
+        if exchange is None:
+            return 0
+        return exchange.kept
 
     @kept.setter
     def kept(self, size: int) -> None:
@@ -1192,9 +1197,8 @@ def check_host(text: str) -> None:
             raise HTTPError(400, "the host is no IPv6 address") from None
 
 
-def parse_section(
-    pairs: Sequence[tuple[str, str]], old: bool, method: str, methods: Collection[str]
-) -> Fields:
+def parse_section(pairs: Sequence[tuple[str, str]], old: bool, method: str,
+                  methods: Collection[str]) -> Fields:
     """What the fields of a section say together. `old`: a HTTP/1.0 client's."""
     if len(pairs) > MAX_FIELDS:
         raise HTTPError(431, "more than %d header fields" % MAX_FIELDS)
@@ -1407,9 +1411,8 @@ class ChunkedContent:
         "limit", "overhead", "write", "data", "step", "left", "good", "too_large", "trailers",
         "whole")
 
-    def __init__(
-        self, limit: float, overhead: int, write: Callable[[bytes], Any], too_large: str
-    ) -> None:
+    def __init__(self, limit: float, overhead: int, write: Callable[[bytes], Any],
+                 too_large: str) -> None:
         self.limit = limit
         self.overhead = overhead
         self.write = write
@@ -1507,8 +1510,7 @@ def content_decoder(
     """What takes the framing off one request's content (RFC 9112, 6); 413 over `limit` bytes."""
     too_large = (
         "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size"
-        % limit
-    )
+        % limit)
     if length == CHUNKED:
         return ChunkedContent(limit, overhead, write, too_large)
     require(length <= limit, 413, too_large)
@@ -1567,8 +1569,7 @@ class Memo:
         if cost > self.room:
             self.old = self.young.copy()
             self.stored = set(map(id, self.old.values()))
-            # the same dict: its look-up is bound on the hot path
-            self.young.clear()
+            self.young.clear()    # the same dict: its look-up is bound on the hot path
             self.room = self.size
         if cost <= self.room:
             self.room -= cost
@@ -1665,9 +1666,8 @@ class Disk:
     `spare` says how many bytes may be held in memory instead; `make_room` closes somebody who is
     behind and holds what is short, and says whether there was one. """
 
-    def __init__(
-        self, size: int, spare: Callable[[], int], make_room: Callable[[OSError], bool]
-    ) -> None:
+    def __init__(self, size: int, spare: Callable[[], int],
+                 make_room: Callable[[OSError], bool]) -> None:
         self.directory = os.path.realpath(os.environ.get("TMPDIR") or "/var/tmp")
         self.size = size
         self.spare = spare
@@ -1891,8 +1891,7 @@ def bytes_acked(sock: socket.socket) -> int:
     """The bytes that the client's system has acknowledged; sent is not yet taken."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        # tcpi_bytes_acked of linux/tcp.h
-        return int.from_bytes(info[120:128], sys.byteorder)
+        return int.from_bytes(info[120:128], sys.byteorder)    # tcpi_bytes_acked of linux/tcp.h
     except OSError:
         return 0
 
@@ -1934,7 +1933,7 @@ def blame(error: BaseException, request: Request) -> HTTPError:
             sound = HTTPError(error.status, str(error.reason), dict(error.headers))
             if 400 <= sound.status <= 599:
                 return sound
-        except (TypeError, ValueError) as wrong:
+        except Exception as wrong:
             error = wrong
     log.error("%s %r: a callback of root path %r failed", head.method, head.target, head.root,
               exc_info=error)
@@ -1965,11 +1964,9 @@ observers: list[Observer] = []
 
 def tell_observers(response: Response, whole: bool) -> None:
     seconds = time.monotonic() - response.begun
-    for observer in observers:
-        try:
-            observer(response.request, response.status, response.size, seconds, whole)
-        except Exception:
-            log.exception("an observer failed")
+    for observer in tuple(observers):           # one may take itself out
+        call_safely("an observer", observer, response.request, response.status, response.size,
+                    seconds, whole)
 
 
 class Unsent:
@@ -1995,8 +1992,7 @@ class Exchange:
         self.weight = request._connection.server.heads.weight_of(request._head)
         self.kept = 0                               # bytes that the handler says it keeps
         self.decoder: Optional[Content] = None      # until the content is whole
-        # what has come of it, unless upload_data_cb takes it
-        self.content = bytearray()
+        self.content = bytearray()    # what has come of it, unless upload_data_cb takes it
         self.stream: Optional[Stream] = None        # the response, once that has begun,
         self.status = 0                             # its status
         self.last = False                           # the connection ends with it
@@ -2034,8 +2030,7 @@ class Stream:
         self.chunked = length == CHUNKED
         self.left = length if length >= 0 else math.inf     # bytes of content to come
         self.sent = 0                                       # bytes of content so far
-        # there was nothing but the head: the next piece waits for resume()
-        self.waits = False
+        self.waits = False    # there was nothing but the head: the next piece waits for resume()
         self.ended = False
 
     def next_piece(self, page: Page, room: int) -> memoryview:
@@ -2119,8 +2114,7 @@ def begin_stream(connection: Connection, request: Request, status: int) -> memor
         exchange.stream.ended = True
         first = memoryview(raw)
     else:
-        # an exception is still answered
-        first = exchange.stream.next_piece(page, server.room())
+        first = exchange.stream.next_piece(page, server.room())    # an exception is still answered
     server.requests += 1
     connection.enter(stream)
     return first
@@ -2150,8 +2144,7 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     upload = (
         root.upload is not None
         and handler is not answer_options
-        and type(handler) is not Refusal
-    )
+        and type(handler) is not Refusal)
     if (
         not upload
         and not fields.expect
@@ -2220,21 +2213,17 @@ class Connection:
         self.sock = sock
         self.peer = peer                    # its address
         self.state: State = server.transport.first_state
-        # what is watched for: READ, WRITE, HANG_UP, RESET; 0: nothing yet
-        self.interest = 0
+        self.interest = 0    # what is watched for: READ, WRITE, HANG_UP, RESET; 0: nothing yet
         self.deadline = server.now + server.keep_alive
         self.received = b""                 # the next requests, or the beginning of one
         self.beginning: Optional[Beginning] = None      # of a head that is not whole
         self.exchange: Optional[Exchange] = None
-        # what is to be sent; a view of the page only until `turn` returns
-        self.out = NOTHING
+        self.out = NOTHING    # what is to be sent; a view of the page only until `turn` returns
         self.unsent: Optional[Unsent] = None        # what is to be sent first, in a file
         self.acked = 0                      # bytes that the client's system had, a second ago
         self.held: int = 0                  # bytes counted against memory_budget
         self.lingers_until = math.inf
         self.unreported: list[Response] = []        # responses whose end is not known yet
-
-    # -- what it keeps, and its end
 
     def enter(self, state: State) -> bool:
         """Go over into a state, which has its time from now on. False: most states wait then."""
@@ -2316,7 +2305,9 @@ class Connection:
             STATES[self.state].at_deadline(self)
 
     def stop(self) -> None:
-        """The server stops: nothing new begins here."""
+        """The server stops: nothing begins here but what has come already (the last recv())."""
+        if not self.out and STATES[self.state].at_stop is ENDS:
+            self.turn()
         if not self.out and STATES[self.state].at_stop is ENDS:
             self.close()
 
@@ -2336,12 +2327,11 @@ class Connection:
     def leave(self, size: int) -> None:
         """A response of `size` bytes is the last (RFC 9112, 9.6): what follows is ignored."""
         more = self.received or self.exchange is not None or size > RECEIVE_SIZE
-        self.state = shut if more else end
+        self.enter(shut if more else end)
         self.received = b""
 
-    def finish(
-        self, status: int, connection_line: str, with_content: bool, request: Optional[Request]
-    ) -> memoryview:
+    def finish(self, status: int, connection_line: str, with_content: bool,
+               request: Optional[Request]) -> memoryview:
         """Put the head before the content, in the page, and choose the state that follows."""
         server = self.server
         responses = server.responses
@@ -2409,8 +2399,7 @@ class Connection:
 
     def wait_for_resume(self, request: Request) -> None:
         self.enter(suspended)
-        # it was too early for the loop to find it suspended
-        if request._resumed:
+        if request._resumed:                    # it was too early for the loop to find it suspended
             self.server.post(request)
 
     def look_closer(self, request: Request, status: Any) -> memoryview:
@@ -2421,7 +2410,7 @@ class Connection:
         if page.end > self.server.sure:
             self.server.find_room(page.end, request, self)
         status = checked_status(status)
-        if status in (204, 304):                        # RFC 9110, 15.3.5 and 15.4.5: no content
+        if status in (204, 205, 304):       # RFC 9110, 15.3.5, 15.3.6, 15.4.5: no content
             page.end = HEADROOM
         elif page.end == HEADROOM and (request._root.flush or page.length()):
             return begin_stream(self, request, status)
@@ -2497,8 +2486,7 @@ class Connection:
                 line, _, section = raw.partition(b"\r\n")
                 known = heads.read(raw, line, section, None)
             head = known
-        # not before: a refusal looks there whether it answers HEAD
-        self.received = data[end:]
+        self.received = data[end:]    # not before: a refusal looks there whether it answers HEAD
         self.beginning = None
         if head.waits:
             return begin_content(self, head)
@@ -2606,8 +2594,7 @@ class Connection:
         if wanted is None:
             wanted = WRITE if self.out else row.waits_for
         if wanted != self.interest:
-            # its clock begins, and goes on over pieces
-            if wanted == WRITE and self.is_sending():
+            if wanted == WRITE and self.is_sending():    # its clock begins, and goes on over pieces
                 self.acked = bytes_acked(self.sock)
                 self.deadline = self.server.now + self.server.keep_alive
             self.watch(wanted)
@@ -2826,6 +2813,7 @@ def asked(connection: Connection) -> bool:
 
 def shut(connection: Connection) -> bool:
     """All is sent: say so, and wait until the client has read it."""
+    connection.report(True)
     say_goodbye(connection, patient=True)
     connection.sock.shutdown(socket.SHUT_WR)
     connection.enter(linger)
@@ -2844,6 +2832,7 @@ def linger(connection: Connection) -> bool:
 
 def end(connection: Connection) -> bool:
     """All is sent, and nothing more is expected."""
+    connection.report(True)
     return connection.close()
 
 
@@ -2882,8 +2871,7 @@ class StateRow(NamedTuple):
     waits_for: int                              # READ, WRITE, HANG_UP, RESET; 0: it never waits
     limit: str                                  # of the time it may take: a parameter, or for_ever
     at_deadline: Callable[[Connection], None]
-    # seconds behind its time: then it may have to give way
-    patience: float
+    patience: float    # seconds behind its time: then it may have to give way
     at_stop: str
 
 
@@ -2955,6 +2943,7 @@ transports: dict[str, Callable[[Limits], Transport]] = {"http": lambda params: P
 # --------------------------------------------------------------------------------------------- Loop
 
 ACCEPT_BATCH = 64           # connections taken in, before others get their turn,
+A_DAY = 86400.0             # seconds; epoll takes no more than 24 of them
 POLL_BATCH = 256            # events that one turn takes
 CLOSE_BATCH = 100           # sockets that one turn closes
 GREEDY_TIME = 0.005         # seconds a turn that are for who sends many requests at once
@@ -2968,8 +2957,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.requests: deque[Request] = deque()
-        # the loop looks at them at the end of its turn, without being woken
-        self.busy = False
+        self.busy = False    # the loop looks at them at the end of its turn, without being woken
         self.ringing = False        # it has been woken
         self.bell, self.button = socket.socketpair()
         self.bell.setblocking(False)
@@ -2991,10 +2979,6 @@ class Mailbox:
         with suppress(BlockingIOError):
             self.bell.recv(64)
         self.ringing = False                    # before what was noted meanwhile is looked at
-
-    def close(self) -> None:
-        self.bell.close()
-        self.button.close()
 
 
 def listen(ip: str, port: int) -> socket.socket:
@@ -3048,42 +3032,54 @@ class Listener:
         return sock, peer
 
 
+def descriptor_of(file: Any) -> int:
+    return int(file if isinstance(file, int) else file.fileno())
+
+
+def check_callable(callback: Any) -> None:
+    if not callable(callback):
+        raise TypeError("no function: %r" % (callback,))
+
+
 class Watch:
     """What Server.watch() returns."""
 
-    def __init__(self, loop: Loop, file: Any) -> None:
+    def __init__(self, loop: Loop, file: Any, callback: Callable[[], Any]) -> None:
         self._loop = loop
-        self._file = file
+        check_callable(callback)
+        self._descriptor = descriptor_of(file)
+        self._callback: Optional[Callable[[], Any]] = callback
+
+    def __call__(self) -> None:
+        if self._callback is not None:
+            call_safely("a callback of watch()", self._callback)
 
     def close(self) -> None:
         """End it. Before the file is closed; it may be repeated."""
-        file, self._file = self._file, None
-        if file is not None:
-            with suppress(KeyError, ValueError):        # the loop has ended
-                self._loop.remove(file)
+        self._callback = None
+        watched: Any = self._loop.callbacks.get(self._descriptor)
+        if watched is self:                     # else the number is somebody else's by now
+            self._loop.remove(self._descriptor)
 
 
 class Timer:
     """What Server.call_later() returns."""
 
     def __init__(self, due: float, callback: Callable[[], Any]) -> None:
+        check_callable(callback)
         self.due = due
-        self.callback: Optional[Callable[[], Any]] = callback
+        self._callback: Optional[Callable[[], Any]] = callback
 
     def __lt__(self, other: Timer) -> bool:
         return self.due < other.due
 
+    def __call__(self) -> None:
+        if self._callback is not None:
+            call_safely("a callback of call_later()", self._callback)
+
     def close(self) -> None:
         """Do not call any more. It may be repeated."""
-        self.callback = None
-
-
-def call_safely(callback: Callable[[], Any]) -> None:
-    """Call what a program has asked the loop to call. Its exception is its own."""
-    try:
-        callback()
-    except Exception:
-        log.exception("a callback of the loop failed")
+        self._callback = None
 
 
 class Loop:
@@ -3093,8 +3089,7 @@ class Loop:
         if not hasattr(select, "epoll"):
             raise RuntimeError(
                 "select.epoll is missing: gevent's monkey.patch_all() takes it away, unless it "
-                "is called with select=False; and httpd.py needs Linux"
-            )
+                "is called with select=False; and httpd.py needs Linux")
         self.listener = Listener(ip, port)
         self.mailbox = Mailbox()
         self.pid = os.getpid()
@@ -3103,15 +3098,15 @@ class Loop:
         # request costs 2 % less than by select().
         self.poll = select.epoll.fromfd(os.dup(self.selector.fileno()))
         self.callbacks: dict[int, Callable[[], Any]] = {}              # by descriptor
-        # For what selectors do not know; it is watched itself.
-        self.hang_ups = select.epoll()
+        self.hang_ups = select.epoll()    # For what selectors do not know; it is watched itself.
         self.waiting_for_end: dict[int, Callable[[], None]] = {}       # descriptor -> whom to tell
         self.timers: list[Timer] = []           # a heap
         self.greedy: deque[Connection] = deque()        # who has more to be answered, others first
         self.closing: deque[socket.socket] = deque()    # what is closed in parts
         self.owner: Optional[int] = None        # the thread that turns it
         self.turning = False                    # it is being turned just now
-        self.ready = False                      # the init_proc_cb's have run
+        self.ready = False                      # the init_proc_cb's have run,
+        self.failure: Optional[BaseException] = None        # or one has failed
         self.add(self.mailbox.bell, READ, self.mailbox.answer)
         self.add(self.hang_ups.fileno(), READ, self._tell_of_ends)
 
@@ -3121,12 +3116,17 @@ class Loop:
 
     def add(self, file: Any, events: int, callback: Callable[[], Any]) -> None:
         """Call the callback when the file is ready. OSError: the system has no more watches."""
-        key = self.selector.register(file, events)
-        self.callbacks[key.fd] = callback
+        descriptor = descriptor_of(file)
+        if descriptor in self.callbacks:        # of a file that was closed: the number is ours now
+            log.warning("descriptor %d was closed before its Watch", descriptor)
+            self.remove(descriptor)
+        self.selector.register(file, events)
+        self.callbacks[descriptor] = callback
 
     def remove(self, file: Any) -> None:
-        key = self.selector.unregister(file)
-        self.callbacks.pop(key.fd, None)
+        with suppress(KeyError):            # a change that failed has taken it out already
+            key = self.selector.unregister(file)
+            self.callbacks.pop(key.fd, None)
 
     def close_some(self) -> None:
         """Close sockets, which takes the kernel 10 us each: thousands at once would be a pause."""
@@ -3139,9 +3139,8 @@ class Loop:
             if callback is not None:
                 callback()
 
-    def change(
-        self, sock: socket.socket, before: int, wanted: int, callback: Callable[[], None]
-    ) -> None:
+    def change(self, sock: socket.socket, before: int, wanted: int,
+               callback: Callable[[], None]) -> None:
         """Watch a connection for READ, WRITE, HANG_UP, RESET instead; 0: for nothing. OSError."""
         if before in (READ, WRITE) and wanted in (READ, WRITE):
             self.selector.modify(sock, wanted)
@@ -3181,22 +3180,18 @@ class Loop:
         self.set_accepting(False, callback)
         self.listener.sock.close()
 
-    def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, callback)
-        heapq.heappush(self.timers, timer)
-        return timer
-
     def call_due_timers(self, now: float) -> None:
+        due = []
         while self.timers and self.timers[0].due <= now:
-            callback = heapq.heappop(self.timers).callback
-            if callback is not None:
-                call_safely(callback)
+            due.append(heapq.heappop(self.timers))
+        for timer in due:
+            timer()
 
     def close(self) -> None:
         for sock in self.closing:
             sock.close()
-        self.mailbox.close()
-        for file in (self.listener.sock, self.hang_ups, self.poll, self.selector):
+        for file in (self.listener.sock, self.mailbox.bell, self.mailbox.button, self.hang_ups,
+                     self.poll, self.selector):
             file.close()
 
 
@@ -3219,8 +3214,7 @@ class Candidates:
     def __init__(self, holds: Callable[[Connection], Any]) -> None:
         self.holds = holds
         self.found: list[Connection] = []       # the last one first
-        # nobody was behind: then it is worth while to look again
-        self.idle_until = 0.0
+        self.idle_until = 0.0    # nobody was behind: then it is worth while to look again
 
     def furthest(self, connections: Iterable[Connection], now: float,
                  asking: Optional[Connection]) -> Optional[Connection]:
@@ -3257,14 +3251,18 @@ class Server:
     __slots__ = (
         "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
         "disk", "sure", "shortages", "turned_away", "keep_alive", "now", "stopping", "_loop",
-        "_address", "_thread", "_ended", "_stop_at", "_next_tick")
+        "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)
         scheme = "https" if params.tls_cert_file else "http"
         self.transport = transports[scheme](params)
         self.heads = Heads(params.memo_size, scheme)
-        self.responses = Responses(params.buf_size)
+        try:
+            self.responses = Responses(params.buf_size)
+        except MemoryError:
+            raise ConfigError("httpd: memory_budget %d: there is no room for its buffer"
+                              % params.memory_budget, "memory_budget") from None
         self.connections: set[Connection] = set()
         self.held: int = 0                      # bytes that connections keep between their turns
         self.requests = 0                       # answered so far
@@ -3279,6 +3277,7 @@ class Server:
         self._loop: Optional[Loop] = None       # while it listens
         self._address: Optional[tuple[str, int]] = None
         self._thread: Optional[threading.Thread] = None     # that start() has made
+        self._life = threading.RLock()          # who claims the loop, and when it ends
         self._ended = threading.Event()
         self._stop_at = math.inf                # when the grace of stop() ends
         self._next_tick = 0.0                   # when to look at deadlines
@@ -3289,8 +3288,6 @@ class Server:
         if self._loop is None:
             raise RuntimeError("the server does not listen: it has ended, or not begun")
         return self._loop
-
-    # -- what there is room for
 
     def hold(self, more: int) -> None:
         """Take so many bytes of memory_budget, or give them back."""
@@ -3373,36 +3370,35 @@ class Server:
         """A connection has ended. Its socket is closed at the end of the turn."""
         self.connections.discard(connection)
         loop = self._loop
-        if loop is not None:
-            loop.forget(connection.sock, connection.interest)
-            loop.set_accepting(not self.stopping, self._accept)
-            loop.closing.append(connection.sock)
-        else:
+        if loop is None:                        # a handler has outlasted it
             connection.sock.close()
-
-    # -- its life
+            return
+        loop.forget(connection.sock, connection.interest)
+        loop.set_accepting(not self.stopping, self._accept)
+        loop.closing.append(connection.sock)
 
     def run(self) -> None:
         """Serve in this thread until stop() is called."""
-        if self._loop is not None and self._loop.turning:
+        loop = self._open()
+        if loop is None:
+            return
+        if not self._claim(loop):
             raise RuntimeError("the server runs already")
-        if not self._ended.is_set():
-            self._open()
-            self._serve(threading.Event())
+        self._serve(loop, threading.Event())
 
     def start(self) -> None:
         """Serve in a thread of its own, once. Returns when it is ready, or RuntimeError."""
-        turning = self._loop is not None and self._loop.turning
-        if turning or self._thread or self._ended.is_set():
-            raise RuntimeError("a server starts only once: make a new one")
-        loop = self._open()
         started = threading.Event()
-        self._thread = threading.Thread(
-            target=self._serve, args=(started,), name="httpd", daemon=True)
-        self._thread.start()
+        with self._life:
+            loop = None if self._thread is not None else self._open()
+            if loop is None or not self._claim(loop):
+                raise RuntimeError("a server starts only once: make a new one")
+            self._thread = threading.Thread(target=self._serve, args=(loop, started), name="httpd")
+            self._thread.daemon = True
+            self._thread.start()
         started.wait()
-        if loop is not None and not loop.ready:
-            raise RuntimeError("an init_proc_cb failed, see the traceback")
+        if not loop.ready:
+            raise RuntimeError("an init_proc_cb failed: %r" % loop.failure) from loop.failure
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
@@ -3411,22 +3407,31 @@ class Server:
         grace counts.
         """
         seconds = self.params.grace_timeout if grace is None else grace
-        self._stop_at = min(self._stop_at, time.monotonic() + seconds)
-        me, loop = threading.get_ident(), self._loop
-        if loop is None:                                    # it never has listened, or it has ended
-            self._ended.set()
-            return
-        if not loop.is_ours():
-            return
+        me = threading.get_ident()
+        with self._life:
+            self._stop_at = min(self._stop_at, time.monotonic() + seconds)
+            loop, thread = self._loop, self._thread
+            if loop is None:                                # it never has listened, or it has ended
+                self._ended.set()
+            if loop is None or not loop.is_ours():
+                return
+            mine = loop.owner in (None, me) and self._claim(loop)
         loop.mailbox.ring()
-        if self._thread is not None and self._thread.ident != me:
-            self._thread.join()
-        # the loop is another thread's: it has until the grace ends
-        elif loop.owner not in (None, me):
-            if not self._ended.wait(seconds + 1):
-                self._close()
-        elif not loop.turning:
-            self._serve(threading.Event())
+        if mine:
+            self._serve(loop, threading.Event())
+        elif thread is not None and thread.ident != me:
+            thread.join()
+        elif loop.owner != me and not self._ended.wait(seconds + 1):
+            self._close()               # another thread's loop has not ended in its time
+
+    def _claim(self, loop: Loop) -> bool:
+        """Whether the loop is this thread's to turn, from now on."""
+        with self._life:
+            if loop.turning:
+                return False
+            loop.turning = True
+            loop.owner = threading.get_ident()
+            return True
 
     def __enter__(self) -> Server:
         self.start()
@@ -3441,18 +3446,13 @@ class Server:
         loop = self._open()
         if loop is None:
             return
-        if loop.turning:
+        if not self._claim(loop):
             raise RuntimeError(
                 "run_once() was called by what it runs: a handler must return; it is called "
-                "again after SUSPEND and resume()"
-            )
-        due = self.timeout()
-        if timeout is not None:
-            due = timeout if due is None else min(timeout, due)
-        loop.owner = threading.get_ident()
-        loop.turning = True
+                "again after SUSPEND and resume()")
+        waits = [seconds for seconds in (timeout, self.timeout(), A_DAY) if seconds is not None]
         try:
-            self._turn(loop, due)
+            self._turn(loop, min(waits))
         finally:
             loop.turning = False
         if self._drained():
@@ -3461,7 +3461,9 @@ class Server:
     def fileno(self) -> int:
         """The descriptor for another loop to watch for reading; -1 after stop()."""
         loop = self._open()
-        return loop.selector.fileno() if loop is not None else -1
+        if loop is None:
+            return -1
+        return loop.selector.fileno()
 
     def timeout(self) -> Optional[float]:
         """Seconds until run_once() has something to do by itself; None: never."""
@@ -3475,7 +3477,9 @@ class Server:
             due = self._next_tick
         if loop is not None and loop.timers:
             due = min(due, loop.timers[0].due)
-        return None if due == math.inf else max(0.0, due - time.monotonic())
+        if due == math.inf:
+            return None
+        return min(A_DAY, max(0.0, due - time.monotonic()))
 
     @property
     def port(self) -> int:
@@ -3506,17 +3510,23 @@ class Server:
         before it serves.
         """
         self._open()
-        loop = self.loop
-        loop.add(file, events, functools.partial(call_safely, callback))
-        return Watch(loop, file)
+        watch = Watch(self.loop, file, callback)
+        if watch._descriptor in self.loop.callbacks:
+            raise ValueError("%r is watched already" % (file,))
+        self.loop.add(file, events, watch)
+        return watch
 
     def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
         """Call `callback` after so many seconds, once; close() of the result prevents it.
 
         For the server's thread, or before it serves.
         """
+        if not seconds >= 0:                    # nor is NaN
+            raise ValueError("call_later() wants seconds from now on, not %r" % seconds)
         self._open()
-        return self.loop.call_later(seconds, callback)
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self.loop.timers, timer)
+        return timer
 
     def reload_tls(self) -> bool:
         """Use the certificate, key and CA that are in the files now from here on. Any thread.
@@ -3536,8 +3546,7 @@ class Server:
 
     def _open(self) -> Optional[Loop]:
         """Listen, if it does not yet. None: it has ended."""
-        # the first call may come from two threads
-        with init_lock:
+        with self._life:                        # the first call may come from two threads
             if self._loop is None and not self._ended.is_set():
                 self._loop = loop = Loop(self.params.ip, self.params.port)
                 self._address = loop.listener.address
@@ -3545,10 +3554,8 @@ class Server:
                 servers.add(self)
             return self._loop
 
-    def _serve(self, started: threading.Event) -> None:
-        loop = self.loop
+    def _serve(self, loop: Loop, started: threading.Event) -> None:
         loop.owner = threading.get_ident()
-        loop.turning = True
         try:
             if self._stop_at == math.inf:
                 initialize()
@@ -3556,11 +3563,13 @@ class Server:
             started.set()
             while not self._drained():
                 self._turn(loop, self.timeout())
+        except BaseException as failure:
+            loop.failure = failure
+            if self._thread is None or loop.ready:
+                raise                           # else start() raises it
         finally:
             self._close()
             started.set()
-
-    # -- a turn
 
     def _turn(self, loop: Loop, timeout: Optional[float]) -> None:
         """One poll, and a turn for all that is ready."""
@@ -3585,8 +3594,7 @@ class Server:
                 self._serve_greedy(loop)
             if loop.timers:
                 loop.call_due_timers(self.now)
-            # after them: who has sent something is not late
-            if self.now >= self._next_tick:
+            if self.now >= self._next_tick:     # after them: who has sent something is not late
                 self._tick(loop)
         finally:
             mailbox.busy = False
@@ -3615,8 +3623,7 @@ class Server:
         late = [connection for connection in self.connections if connection.deadline <= self.now]
         for connection in late[:EXPIRE_BATCH]:
             connection.expire()
-        # a pause of 1 ms, then others have a turn
-        if len(late) > EXPIRE_BATCH:
+        if len(late) > EXPIRE_BATCH:            # a pause of 1 ms, then others have a turn
             self._next_tick = self.now
         if self.disk.used:
             self.disk.look()
@@ -3650,12 +3657,14 @@ class Server:
             if self.requests == before and connection.is_silent():
                 connection.deadline -= DEFER                # it has been silent for so long already
 
-    # -- the end
-
     def _begin_stop(self, loop: Loop) -> None:
         """What stop() asks for, in the thread that serves."""
         self.stopping = True
         self._next_tick = self.now
+        before = -1
+        while before < self.accepted:           # who waits to be taken in may have sent a request
+            before = self.accepted
+            self._accept()
         loop.stop_listening(self._accept)
         for connection in list(self.connections):
             connection.stop()
@@ -3797,8 +3806,7 @@ OPTIONS = (
     "(LATEST|SSL3)_RECORD_VERSION|ALLOW_SMALL_RECORDS|FALLBACK_SCSV|DUMBFW|"
     "DISABLE_(WILDCARDS|TLS13_COMPAT_MODE)|DEBUG_ALLOW_KEY_USAGE_VIOLATIONS|"
     "PROFILE_(VERY_WEAK|LOW|LEGACY|MEDIUM)|"
-    "VERIFY_(ALLOW_(BROKEN|SIGN_RSA_MD5|SIGN_WITH_SHA1|X509_V1_CA_CRT)|DISABLE_CRL_CHECKS)"
-)
+    "VERIFY_(ALLOW_(BROKEN|SIGN_RSA_MD5|SIGN_WITH_SHA1|X509_V1_CA_CRT)|DISABLE_CRL_CHECKS)")
 EXAMPLE = "for example NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"
 
 
@@ -3889,6 +3897,7 @@ def read_priority(text: str) -> Priority:
     for number, item in enumerate(items, 1):
         if none and number == 1:
             continue
+        shown = repr(item)[1:-1]            # a line end in it would forge a line
         sign, word = "", item
         if item.startswith(tuple("-+!%@")):
             sign, word = item[0], item[1:]
@@ -3898,9 +3907,9 @@ def read_priority(text: str) -> Priority:
             note = priority.read(sign.replace("!", "-"), word)
         except ConfigError as error:
             raise ConfigError(
-                'tls_ciphers item %d, "%s": %s' % (number, item, error), "tls_ciphers") from None
+                'tls_ciphers item %d, "%s": %s' % (number, shown, error), "tls_ciphers") from None
         if note:
-            priority.notes.append('item %d, "%s": %s' % (number, item, note))
+            priority.notes.append('item %d, "%s": %s' % (number, shown, note))
     return priority
 
 
@@ -3935,8 +3944,10 @@ def suites_of(priority: Priority, protocols: Collection[str]) -> dict[str, list[
 
 def suites_named(triple: str) -> list[str]:
     """OpenSSL's name for key exchange, cipher and MAC, if it has them."""
-    return [
-        re.sub(pattern, name, triple) for pattern, name in SUITES if re.fullmatch(pattern, triple)]
+    for pattern, name in SUITES:
+        if re.fullmatch(pattern, triple):
+            return [re.sub(pattern, name, triple)]
+    return []
 
 
 def curves_to_set(versions: Collection[str], groups: Collection[str], several: bool) -> list[str]:
@@ -3980,8 +3991,7 @@ def tls_priority(text: str) -> TLSPlan:
         raise ConfigError(
             "tls_ciphers: leaves nothing of TLS 1.2 and 1.3 that Python's ssl could offer, "
             + EXAMPLE,
-            "tls_ciphers",
-        )
+            "tls_ciphers")
     partial = check_suites13(suites["TLSv1.3"])
     for name in protocols:
         if "TLSv" + name[3:] not in versions:
@@ -4026,8 +4036,7 @@ def tls_context(plan: TLSPlan, cert_file: str, key_file: str, ca_file: str = "")
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if not plan.server_preference:
         context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    # with OP_NO_TICKET alone, TLS 1.3 sends handles of state that it keeps
-    if not plan.tickets:
+    if not plan.tickets:    # with OP_NO_TICKET alone, TLS 1.3 sends handles of state that it keeps
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
@@ -4173,14 +4182,13 @@ class Pool:
         self.jobs.put(job)
         if self.started < self.size:
             self.started += 1
-            threading.Thread(
-                target=self._work, args=(self.jobs,), name="httpd-pool", daemon=True).start()
+            thread = threading.Thread(target=self._work, args=(self.jobs,), name="httpd-pool")
+            thread.daemon = True
+            thread.start()
 
     def _work(self, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
         while True:
-            job = jobs.get()
-            job()
-            del job                             # it holds a request until the next one comes
+            call_safely("a job of a thread", jobs.get())
 
 
 class Command(NamedTuple):
@@ -4221,8 +4229,7 @@ STARTED = time.time()
 MI_BATCH = 100                          # calls in one batch
 TOO_MANY_CALLS = (
     '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request","data":'
-    '"more than 100 calls in a batch"},"id":null}'
-)
+    '"more than 100 calls in a batch"},"id":null}')
 PARSE_ERROR = '{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
 
 
@@ -4336,7 +4343,8 @@ def refuse_call(call: Call, fault: dict[str, Any]) -> str:
 def describe_fault(call: Call, error: BaseException) -> dict[str, Any]:
     """The error object of JSON-RPC for what a command has raised."""
     if isinstance(error, HTTPError):
-        error = MIError(error.status, error.reason)
+        with suppress(Exception):               # it may be made badly: then it is a fault itself
+            error = MIError(int(error.status), str(error.reason))
     if not isinstance(error, MIError):
         log.error("the MI command %s failed", call.method, exc_info=error)
         error = MIError(
@@ -4369,8 +4377,10 @@ class Batch:
 
     def bring(self, number: int) -> None:
         """In a thread: carry out one of the calls."""
-        self.answers[number] = perform(self.calls[number], in_thread=True)
-        self.request.resume()
+        try:
+            self.answers[number] = perform(self.calls[number], in_thread=True)
+        finally:
+            self.request.resume()
 
     def text(self) -> Optional[str]:
         """What is sent; None: it is not complete."""
@@ -4397,8 +4407,7 @@ def begin_mi(request: Request) -> Union[str, Batch]:
     try:
         text = request.body.decode()
         end = 0
-        # nearly always: without blanks around it for half the price
-        if text.startswith("{"):
+        if text.startswith("{"):    # nearly always: without blanks around it for half the price
             value, end = json_decoder.raw_decode(text)
         if end < len(text) or not text:
             value = json_decoder.decode(text)
@@ -4418,8 +4427,7 @@ def answer_mi(request: Request, page: Page) -> int:
     """The access handler of mi_http. JSON-RPC errors travel on 200."""
     answer: Union[str, Batch, None] = request.state
     if answer is None:
-        # two of them keep foreign web pages from posting commands
-        headers = request.headers
+        headers = request.headers    # two of them keep foreign web pages from posting commands
         if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
             raise HTTPError(415, "the Content-Type must be application/json")
         if "origin" in headers:
@@ -4475,10 +4483,6 @@ def mi_list_root_path() -> list[dict[str, str]]:
     return [{"http_root": root.name, "module": root.module} for root in newest_first]
 
 
-def mi_version() -> dict[str, str]:
-    return {"Server": "httpd.py " + __version__}
-
-
 def mi_uptime() -> dict[str, str]:
     return {
         "Now": time.ctime(),
@@ -4504,7 +4508,7 @@ register_mi("httpd_list_root_path", mi_list_root_path)
 register_mi("httpd:list_root_path", mi_list_root_path)
 register_mi("which", mi_which)
 register_mi("get_statistics", mi_get_statistics)
-register_mi("version", mi_version)
+register_mi("version", lambda: {"Server": "httpd.py " + __version__})
 register_mi("uptime", mi_uptime)
 register_mi("ps", mi_ps)
 
@@ -4583,12 +4587,10 @@ class WSGIResponse:
         self.headers: list[tuple[str, str]] = []
         self.length: Optional[int] = None   # bytes of all the content, as Content-Length says
         self.size: Optional[int] = None             # the same, as a list has them
-        # bytes so far; after the first, the head is on its way
-        self.count = 0
+        self.count = 0    # bytes so far; after the first, the head is on its way
 
-    def start(
-        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
-    ) -> Callable[[bytes], None]:
+    def start(self, status: str, headers: list[tuple[str, str]],
+              exc_info: Any = None) -> Callable[[bytes], None]:
         """start_response(). The reason phrase is lost, and the fields that the server sets."""
         if exc_info and self.count:
             raise exc_info[1].with_traceback(exc_info[2])
@@ -4626,9 +4628,8 @@ class WSGIResponse:
                 "the application has made more than its Content-Length of %d" % self.length)
         return bool(piece) and not self.to_head and self.status not in (204, 304)
 
-    def pieces(
-            self, app: Application, environ: dict[str, Any], content: Optional[Spool],
-            written: Optional[Spool]) -> Generator[bytes, None, None]:
+    def pieces(self, app: Application, environ: dict[str, Any], content: Optional[Spool],
+               written: Optional[Spool]) -> Generator[bytes, None, None]:
         """Run the application, with context variables of its own: Flask keeps there who is asking,
         and others have a turn between the pieces. `written`: what write() has been given.
 
@@ -4701,6 +4702,8 @@ class Handover:
             if self.pid != os.getpid():             # the application has forked: that process ends
                 raise
             end = error
+            if isinstance(error, KeyboardInterrupt):    # of a thread: that is no Ctrl-C
+                end = RuntimeError("KeyboardInterrupt in an application's thread")
             if request.closed and not isinstance(error, BrokenPipeError):
                 log.exception("an application failed, whose client is gone")
         self.request = None                         # they would keep each other alive

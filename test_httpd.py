@@ -3691,7 +3691,7 @@ GROUP_ROWS = [
     ("PFS:-GROUP-X448", "SECP256R1", "all but one: the first"),
     ("NORMAL:-GROUP-DH-ALL", "SECP256R1", "all but FFDHE, which OpenSSL's default has"),
     ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP256R1", "P-256 wherever it stands: every client has it"),
-    ("NORMAL:-GROUP-ALL:+GROUP-X25519:+GROUP-SECP384R1", "X25519", "without P-256 the first"),
+    ("NORMAL:-GROUP-ALL:+GROUP-SECP521R1:+GROUP-SECP384R1", "SECP521R1", "without P-256 the first"),
 ]
 
 

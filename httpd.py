@@ -3450,9 +3450,9 @@ class Server:
             raise RuntimeError(
                 "run_once() was called by what it runs: a handler must return; it is called "
                 "again after SUSPEND and resume()")
-        waits = [seconds for seconds in (timeout, self.timeout(), A_DAY) if seconds is not None]
+        limits = (timeout, self.timeout(), A_DAY)
         try:
-            self._turn(loop, min(waits))
+            self._turn(loop, min(limit for limit in limits if limit is not None))
         finally:
             loop.turning = False
         if self._drained():

@@ -71,7 +71,6 @@ from email.utils import formatdate
 from http import HTTPStatus
 from importlib import import_module
 from types import MappingProxyType
-from types import TracebackType
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Callable
@@ -1143,8 +1142,9 @@ def parse_head(line: bytes, section: bytes, fields: Optional[Fields], methods: C
     version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
     root, slash, rest = path[1:].partition("/")
     waits = fields.length != 0 or fields.expect != ""
-    return Head._make((method, target, version, path, query or "", root, slash + rest, "", fields,
-                       fields.connection_line, waits))
+    return Head._make((
+        method, target, version, path, query or "", root, slash + rest, "", fields,
+        fields.connection_line, waits))
 
 
 def parse_other_head(
@@ -3190,8 +3190,9 @@ class Loop:
     def close(self) -> None:
         for sock in self.closing:
             sock.close()
-        for file in (self.listener.sock, self.mailbox.bell, self.mailbox.button, self.hang_ups,
-                     self.poll, self.selector):
+        mailbox = self.mailbox
+        for file in (self.listener.sock, mailbox.bell, mailbox.button, self.hang_ups, self.poll,
+                     self.selector):
             file.close()
 
 
@@ -3353,13 +3354,11 @@ class Server:
 
     def room(self) -> int:
         """Bytes for a piece of a stream: fewer if clients do not read, never less than 512."""
-        params = self.params
-        return min(params.buf_size, max(512, (params.held_size - self.held) // 8))
+        return min(self.params.buf_size, max(512, self.spare()))
 
     def post(self, request: Request) -> None:
         """A request's resume() was called. Any thread."""
-        loop = self._loop
-        if loop is not None:
+        if (loop := self._loop) is not None:
             loop.mailbox.post(request)
 
     def is_ours(self) -> bool:
@@ -3393,9 +3392,10 @@ class Server:
             loop = None if self._thread is not None else self._open()
             if loop is None or not self._claim(loop):
                 raise RuntimeError("a server starts only once: make a new one")
-            self._thread = threading.Thread(target=self._serve, args=(loop, started), name="httpd")
-            self._thread.daemon = True
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, args=(loop, started), name="httpd")
+            thread.daemon = True
+            self._thread = thread
+            thread.start()
         started.wait()
         if not loop.ready:
             raise RuntimeError("an init_proc_cb failed: %r" % loop.failure) from loop.failure
@@ -3437,8 +3437,7 @@ class Server:
         self.start()
         return self
 
-    def __exit__(self, kind: Optional[type[BaseException]], value: Optional[BaseException],
-                 traceback: Optional[TracebackType]) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def run_once(self, timeout: Optional[float] = None) -> None:
@@ -3461,9 +3460,7 @@ class Server:
     def fileno(self) -> int:
         """The descriptor for another loop to watch for reading; -1 after stop()."""
         loop = self._open()
-        if loop is None:
-            return -1
-        return loop.selector.fileno()
+        return loop.selector.fileno() if loop is not None else -1
 
     def timeout(self) -> Optional[float]:
         """Seconds until run_once() has something to do by itself; None: never."""

@@ -10,16 +10,20 @@ import errno
 import functools
 import gc
 import hashlib
+import http
 import http.client
+import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -30,7 +34,9 @@ import tempfile
 import threading
 import time
 import tokenize
+import types
 import wsgiref.validate
+from typing import NamedTuple
 
 import pytest
 
@@ -49,7 +55,7 @@ def clean_registry(monkeypatch):
     """What a test registers, it does not leave behind."""
     for name in ("params", "roots", "mi_commands"):
         monkeypatch.setattr(httpd, name, dict(getattr(httpd, name)))
-    for name in ("loaded", "pending_inits"):
+    for name in ("loaded", "pending_inits", "observers"):
         monkeypatch.setattr(httpd, name, [])
     monkeypatch.setattr(httpd, "known_methods", set(httpd.known_methods))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -3685,12 +3691,12 @@ def test_offer(pki, row):
 
 
 GROUP_ROWS = [
-    (BOTH, "SECP256R1", "all: one curve, since TLS 1.3 has finite-field groups by default (D(HE)at)"),
+    (BOTH, "SECP256R1", "all: one curve, since TLS 1.3 has finite-field groups by default"),
     (OLD, "SECP384R1", "OpenSIPS' default"),
     ("NORMAL:-GROUP-ALL:+GROUP-SECP521R1", "SECP521R1", "one"),
     ("PFS:-GROUP-X448", "SECP256R1", "all but one: the first"),
     ("NORMAL:-GROUP-DH-ALL", "SECP256R1", "all but FFDHE, which OpenSSL's default has"),
-    ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP256R1", "P-256 wherever it stands: every client has it"),
+    ("NORMAL:-GROUP-ALL:+GROUP-SECP384R1:+GROUP-SECP256R1", "SECP256R1", "P-256 wherever it stands"),
     ("NORMAL:-GROUP-ALL:+GROUP-SECP521R1:+GROUP-SECP384R1", "SECP521R1", "without P-256 the first"),
 ]
 
@@ -5195,6 +5201,1940 @@ def test_check_version_and_help(tmp_path):
     for rows_of_module in httpd.PARAMETERS.values():
         for row in rows_of_module:
             assert re.search(r"^  %s .*%s" % (row.name, re.escape(row.meaning)), output, re.MULTILINE)
+
+
+# --------------------------------------------------------------------------------------------------------------- Spool
+
+PAGE = b"0123456789" * 90000
+
+
+def numbered(request, page):
+    """900 kB that nobody can mistake for another's."""
+    page.write(request.query.encode() + b":" + PAGE)
+    return 200
+
+
+@pytest.fixture
+def far_away(monkeypatch):
+    """What the server sends soon has to wait, as on its way to a client far away."""
+
+    def listen(self, *backlog):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50000)
+        return real(self, *backlog)
+
+    real = socket.socket.listen
+    monkeypatch.setattr(socket.socket, "listen", listen)
+
+
+@pytest.fixture
+def slow_reader(server, far_away):
+    """A client that does not read until it is told to."""
+    httpd.register_httpdcb("test", "n", numbered)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 50000)
+    client.settimeout(10)
+    client.connect(("127.0.0.1", server.port))
+    yield client
+    client.close()
+    wait_for(lambda: not server.connections, server)
+    assert server.held == 0 and server.disk.used == 0
+
+
+def pages(data, methods="GET"):
+    return [answer.body.partition(b":")[0] for answer in answers(data, methods) if answer.body.endswith(PAGE)]
+
+
+def numbers(*numbers):
+    return b"".join(get(b"/n?%d" % number) for number in numbers)
+
+
+def read_plain(sock):
+    """All that comes, to the end."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def is_spooled(server):
+    return server.disk.used > 0
+
+
+SPOOL_ROWS = [
+    (numbers(1), 1, "open", "one"),
+    (numbers(1, 2, 3, 4, 5), 5, "open", "five pipelined"),
+    (numbers(1) + get() + numbers(2), 3, "open", "a small one between them"),
+    (numbers(1) + get(b"/n?2").replace(b"GET", b"HEAD") + numbers(3), 3, "open", "HEAD between them"),
+    (b"GET /n?1 HTTP/1.0\r\n\r\n", 1, "closed", "HTTP/1.0"),
+    (get(b"/n?1", b"Connection: close"), 1, "closed", "the last one"),
+    (numbers(1) + b"\x00", 2, "closed", "rubbish behind it"),
+]
+
+
+@table("raw, count, end", SPOOL_ROWS)
+def test_answers_that_the_client_does_not_take_at_once_wait_in_a_file(server, slow_reader, raw, count, end):
+    slow_reader.sendall(raw)
+    wait_for(lambda: is_spooled(server), server)
+    assert server.held < 20000  # in memory there is next to nothing
+    methods = ["HEAD" if b"HEAD" in part else "GET" for part in raw.split(b"\r\n\r\n")]
+    data, found = pump(server, slow_reader, count if end == "open" else ended, methods, 30)
+    assert found == end and len(answers(data, methods)) == count
+    sent = [number for number in (b"1", b"2", b"3", b"4", b"5") if b"GET /n?" + number in raw]
+    assert pages(data, methods) == sent
+    if end == "open":
+        slow_reader.sendall(get())  # the connection is kept
+        assert answers(pump(server, slow_reader)[0])[0].status == 200
+
+
+def test_a_half_closed_client_gets_all_that_waits_in_a_file(server, slow_reader):
+    slow_reader.sendall(numbers(1, 2))
+    slow_reader.shutdown(socket.SHUT_WR)
+    wait_for(lambda: is_spooled(server), server)
+    data, end = pump(server, slow_reader, ended, seconds=30)
+    assert pages(data) == [b"1", b"2"] and end == "closed"
+
+
+def test_stop_waits_for_what_waits_in_a_file(server, slow_reader):
+    slow_reader.sendall(numbers(1))
+    wait_for(lambda: is_spooled(server), server)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        data = pool.submit(read_plain, slow_reader)
+        server.stop(10)
+        assert pages(data.result(30)) == [b"1"]
+
+
+def test_clients_that_go_take_their_files_along(server, far_away):
+    httpd.register_httpdcb("test", "n", numbered)
+    exchange(server, get())
+    before = descriptors()
+    for _ in range(20):
+        with connect(server) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.sendall(numbers(1, 2, 3, 4, 5, 6))
+            wait_for(lambda: is_spooled(server), server)
+        wait_for(lambda: not server.connections, server)
+    assert server.held == 0 and server.disk.used == 0
+    wait_for(lambda: descriptors() <= before, server)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+def test_a_file_that_cannot_be_had(server, slow_reader, monkeypatch, caplog, number):
+    """What memory has room for waits there; the log says once what is the matter."""
+    def fail(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(httpd.Disk, "open", fail)
+    slow_reader.sendall(numbers(1))
+    wait_for(lambda: server.held > 100000, server)
+    assert pages(pump(server, slow_reader, seconds=30)[0]) == [b"1"]
+    assert caplog.text.count("no room for what clients do not read") == 1
+
+
+def test_a_directory_that_cannot_be_written(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    server = httpd.Server(**LOCAL)
+    assert "nowhere" in caplog.text and "set TMPDIR" in caplog.text and server.disk.size == 0
+    assert exchange(server, get(b"/nothing"))[0].startswith(b"HTTP/1.1 404")
+    server.stop(0)
+
+
+@pytest.mark.parametrize("method, status", [("GET", 503), ("POST", 500)])
+def test_an_answer_that_would_find_no_room_is_refused_before_its_first_byte(far_away, method, status):
+    """GET and HEAD can be asked again; what a POST has done is done."""
+    httpd.register_httpdcb("test", "n", numbered)
+    server = httpd.Server(**LOCAL, spool_size=0, memory_budget=3000000, buf_size=1000000)
+    server.port
+    hogs = []
+    for _ in range(2):
+        hog = socket.socket()
+        hog.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        hog.connect(("127.0.0.1", server.port))
+        hog.sendall(numbers(1, 2, 3, 4, 5, 6))
+        hogs.append(hog)
+    wait_for(lambda: server.held > 600000, server)
+    raw = get(b"/n?1") if method == "GET" else post(b"", path=b"/n?1")
+    answer, = answers(exchange(server, raw)[0])
+    assert answer.status == status and ("Retry-After" in answer.headers) == (status == 503)
+    assert answers(exchange(server, get(b"/nothing"))[0])[0].status == 404  # small ones always find room
+    for hog in hogs:
+        hog.close()
+    wait_for(lambda: not server.connections, server)
+    assert server.held == 0
+    server.stop(0)
+
+
+def test_a_spool_moves_from_memory_to_a_file():
+    disk = httpd.Disk(1000, lambda: 100, lambda error: False)
+    spool = httpd.Spool(disk, few=50)
+    spool.write(b"a" * 50)
+    assert (spool.in_memory, disk.used) == (50, 0) and spool.read(10, 5) == b"aaaaa"
+    spool.write(b"b" * 51)
+    assert (spool.in_memory, disk.used, spool.size) == (0, 101, 101)
+    assert spool.read(49, 3) == b"abb" and spool.reader().read() == b"a" * 50 + b"b" * 51
+    with pytest.raises(OSError, match="spool_size 1000 is used up"):
+        spool.write(b"c" * 900)
+    assert spool.size == 101 and disk.used == 101
+    del spool
+    assert disk.used == 0
+
+
+@together()
+def test_a_reader_who_takes_a_little_all_the_time_lives_and_one_who_takes_nothing_does_not():
+    """500 bytes a second, by what the client's system has acknowledged; what ours has taken says nothing."""
+    httpd.register_httpdcb("test", "endless", lambda request, page: 200, lambda request, pos, buf: len(buf))
+    with httpd.Server(**LOCAL, conn_timeout=1) as server:
+        clients = []
+        for _ in range(2):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(get(b"/endless"))
+            clients.append(client)
+        reading, silent = clients
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            assert reading.recv(1500)
+            time.sleep(0.1)
+        assert len(server.connections) == 1  # the silent one has gone
+        silent.close()
+        reading.close()
+        server.stop(0)
+
+
+# ----------------------------------------------------------------------------------------- Room, misuse, observers
+
+def test_max_connections_is_never_exceeded(server):
+    httpd.register_httpdcb("test", "park", lambda request, page: httpd.SUSPEND)
+    small = httpd.Server(**LOCAL, max_connections=5)
+    clients, statuses = [], []
+    for _ in range(40):
+        client = connect(small)
+        client.sendall(get(b"/park"))
+        clients.append(client)
+        wait_for(lambda: small.accepted == len(clients), small)
+        assert len(small.connections) <= 5 + httpd.TURNED_AWAY
+    for client in clients:
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            statuses.append(client.recv(1000)[9:12])
+    assert statuses == [b"503"] * 35
+    for client in clients:
+        client.close()
+    small.stop(0)
+
+
+def test_who_starves_makes_room_for_who_sends(monkeypatch):
+    """memory_budget full of contents that do not come: after a second they get 408, and others are served."""
+    monkeypatch.setattr(httpd, "LEAST_RATE", 10000)  # what has come earns a tenth of a second
+    httpd.register_httpdcb("test", "echo", echo, methods=("POST",))
+    server = httpd.Server(**LOCAL, memory_budget=100000, post_buf_size=1024)
+    crowd = [connect(server) for _ in range(60)]
+    for client in crowd:
+        client.sendall(post(b"x" * 1000)[:-1])
+    wait_for(lambda: server.accepted == len(crowd) and not server.spare() > 1500, server)
+    end = time.monotonic() + 1.2
+    while time.monotonic() < end:
+        server.run_once(0.1)
+    raw = post(b"y" * 900)
+    assert answers(exchange(server, raw[:-1], raw[-1:])[0])[0].status == 200
+    for client in crowd:
+        client.close()
+    wait_for(lambda: not server.connections, server)
+    assert server.held == 0
+    server.stop(0)
+
+
+def test_greedy_ones_wait_their_turn(server):
+    """Who pipelines hundreds of requests is answered 16 at a time, and others between them."""
+    order = []
+    httpd.register_httpdcb("test", "o", lambda request, page: order.append(request.query) or 204)
+    with connect(server) as greedy, connect(server) as other:
+        greedy.sendall(get(b"/o?greedy") * 200)
+        other.sendall(get(b"/o?other"))
+        wait_for(lambda: len(order) == 201, server)
+        assert order.index("other") <= 32
+
+
+def test_run_once_in_a_handler_is_an_error(server):
+    told = []
+
+    def handler(request, page):
+        with pytest.raises(RuntimeError, match="called by what it runs"):
+            server.run_once(0)
+        told.append(1)
+        return 204
+
+    httpd.register_httpdcb("test", "h", handler)
+    assert answers(exchange(server, get(b"/h"))[0])[0].status == 204 and told == [1]
+
+
+def test_a_child_process_that_ends_leaves_its_parent_alone(tmp_path):
+    """Both have the same epoll: what the child unregisters, the parent never hears again."""
+    program = """
+import os, sys, httpd
+def handler(request, page):
+    if os.fork() == 0:
+        sys.exit(0)
+    os.wait()
+    page.write("parent")
+    return 200
+httpd.register_httpdcb("test", "h", handler)
+with httpd.Server(ip="127.0.0.1", port=0) as server:
+    print(server.port, flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        port = int(process.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            for _ in range(3):
+                client.sendall(get(b"/h"))
+                assert client.recv(1000).endswith(b"parent")
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_observers_are_told_once_of_every_response(server):
+    told = []
+
+    def observer(request, status, size, seconds, whole):
+        told.append((request and request.target, status, size, whole))
+        assert 0 <= seconds < 10
+
+    httpd.register_httpdcb("test", "page", lambda request, page: page.write(b"four") and 200)
+    httpd.register_httpdcb("test", "stream", lambda request, page: 200, lambda request, pos, buf: httpd.END)
+    httpd.register_httpdcb("test", "cut", lambda request, page: 200, lambda request, pos, buf: 1 if not pos else 1 / 0)
+    httpd.observers.append(observer)
+    try:
+        exchange(server, get(b"/page") + get(b"/page").replace(b"GET", b"HEAD"), due=2, methods=["GET", "HEAD"])
+        exchange(server, get(b"/page", b"Connection: close"))
+        exchange(server, get(b"/nothing"))
+        exchange(server, b"\x00")
+        exchange(server, get(b"/stream"))
+        exchange(server, get(b"/cut"), due=ended)
+    finally:
+        httpd.observers.remove(observer)
+    pages = [("/page", 200, 4, True), ("/page", 200, 0, True), ("/page", 200, 4, True)]
+    errors = [row for row in told if row[1] >= 400]
+    assert told[:3] == pages and ("/stream", 200, 0, True) in told and ("/cut", 200, 1, False) in told
+    assert [row[:2] for row in errors] == [("/nothing", 404), (None, 400)] and len(told) == 7
+
+
+def test_what_the_loop_is_asked_to_call(server, caplog):
+    """watch() and call_later(): once, in order, not after close(), and no exception ends anything."""
+    called = []
+    ours, theirs = socket.socketpair()
+    watch = server.watch(ours, lambda: called.append(ours.recv(10)))
+    with pytest.raises(ValueError, match="is watched already"):
+        server.watch(ours, print)
+    server.call_later(0.02, lambda: called.append("second"))
+    server.call_later(0, lambda: called.append("first"))
+    server.call_later(0.01, lambda: called.append("never")).close()
+    server.call_later(0, raising(SystemExit()))
+    server.call_later(40 * 86400, print)  # more than epoll can wait
+    theirs.send(b"x")
+    wait_for(lambda: len(called) == 3, server)
+    assert called.index("first") < called.index("second") and b"x" in called and "SystemExit" in caplog.text
+    watch.close()
+    watch.close()
+    theirs.send(b"y")
+    server.run_once(0.01)
+    assert len(called) == 3 and server.timeout() <= 86400
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError):
+            server.call_later(wrong, print)
+    for call in (lambda: server.call_later(1, None), lambda: server.watch(theirs, None)):
+        with pytest.raises(TypeError):
+            call()
+    ours.close()
+    theirs.close()
+
+
+def test_a_watched_file_that_was_closed_harms_nobody(server, caplog):
+    ours, theirs = socket.socketpair()
+    server.watch(ours, print)
+    ours.close()
+    theirs.close()
+    for _ in range(3):  # one of them gets the number
+        assert answers(exchange(server, get())[0])[0].status == 200
+
+
+def test_a_late_init_proc_cb_that_leaves(server, caplog):
+    exchange(server, get())
+    httpd.register_httpdcb("test", "late", echo, None, raising(SystemExit()))
+    assert answers(exchange(server, get(b"/late"))[0])[0].status == 200 and "an init_proc_cb failed" in caplog.text
+
+
+def test_stop_answers_what_has_come_already():
+    """While a handler runs, an idle client sends a request and a newcomer connects; then stop() is called."""
+    begun = threading.Event()
+    httpd.register_httpdcb("test", "slow", lambda request, page: begun.set() or time.sleep(0.3) or 204)
+    httpd.register_httpdcb("test", "page", lambda request, page: 204)
+    server = httpd.Server(**LOCAL)
+    server.start()
+    with connect(server) as first, connect(server) as idle:
+        idle.sendall(get(b"/page"))
+        assert idle.recv(1000).startswith(b"HTTP/1.1 204")
+        first.sendall(get(b"/slow"))
+        assert begun.wait(5)
+        idle.sendall(get(b"/page"))
+        with connect(server) as newcomer:
+            newcomer.sendall(get(b"/page"))
+            server.stop()
+            for client in (first, idle, newcomer):
+                assert client.recv(1000).startswith(b"HTTP/1.1 204")
+
+
+def test_starts_and_stops_from_many_threads():
+    for _ in range(30):
+        server = httpd.Server(**LOCAL)
+        server.port
+
+        def start():
+            with contextlib.suppress(RuntimeError):
+                server.start()
+
+        threads = [threading.Thread(target=call, daemon=True) for call in (start, start, server.stop, server.stop)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        server.stop(0)
+
+
+def test_an_absolute_form_target_does_not_change_the_host_of_others(server):
+    for _ in range(4):
+        exchange(server, b"GET http://evil/echo" + V)
+    assert answers(exchange(server, get())[0])[0].json()["headers"]["host"] == "example"
+
+
+def test_what_has_been_found_good_of_a_head_is_not_looked_at_again():
+    """A byte costs the same wherever it comes: in a name, a value, a target, a trailer."""
+    for begin, byte in ((b"GET /", b"a"), (b"GE", b"T"), (B + b"X", b"y"), (B + b"X: ", b"z")):
+        beginning, data = httpd.Beginning(httpd.IN_METHOD), begin
+        for _ in range(300):
+            data += byte
+            beginning.check_head(data, 10000)
+            assert len(data) - beginning.at <= 2, data[:40]
+
+
+def test_batches_are_bounded(mi):
+    call = {"jsonrpc": "2.0", "method": "x"}
+    assert mi([call] * 26).status == 202  # as many as the smallest post_buf_size takes
+    told = httpd.begin_mi(types.SimpleNamespace(body=json.dumps([call] * 101).encode()))
+    assert json.loads(told)["error"]["code"] == -32600
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_command_whose_error_is_made_badly(mi, running, threads):
+    class Bad(httpd.HTTPError):
+        def __init__(self):
+            pass
+
+    def fail():
+        raise Bad
+
+    httpd.register_mi("bad", fail, threads=threads)
+    raw = post(b'{"jsonrpc":"2.0","method":"bad","id":7}', b"Content-Type: application/json", path=b"/mi")
+    with connect(running) as client:
+        client.sendall(raw)
+        answer, = answers(client.recv(1000))
+        assert (answer.json()["error"]["code"], answer.json()["id"]) == (-32000, 7)
+
+
+def test_jobs_of_clients_that_are_gone_go_with_them(running, monkeypatch):
+    gate, ran = threading.Event(), []
+
+    def app(environ, start_response):
+        ran.append(1)
+        gate.wait(10)
+        start_response("204 No Content", [])
+        return []
+
+    mount(app, threads=1)
+    with connect(running) as first:
+        first.sendall(get(b"/app"))
+        wait_for(lambda: ran)
+        gone = [connect(running) for _ in range(30)]
+        for client in gone:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.sendall(post(b"x" * 5000, path=b"/app"))
+        wait_for(lambda: running.held > 30 * 5000)
+        for client in gone:
+            client.close()
+        wait_for(lambda: len(running.connections) == 1)
+        gate.set()
+        assert first.recv(1000).startswith(b"HTTP/1.1 204")
+    with connect(running) as last:
+        last.sendall(get(b"/app"))
+        assert last.recv(1000).startswith(b"HTTP/1.1 204")
+    assert len(ran) == 2  # not once for those who were gone
+
+
+def test_more_requests_than_may_wait_for_a_thread(running, monkeypatch):
+    gate, ran = threading.Event(), []
+    monkeypatch.setattr(httpd.Pool, "is_full", lambda self: self.jobs.qsize() >= 2)
+
+    def app(environ, start_response):
+        ran.append(1)
+        gate.wait(10)
+        start_response("204 No Content", [])
+        return []
+
+    mount(app, threads=1)
+    clients = [connect(running) for _ in range(6)]
+    clients[0].sendall(get(b"/app"))
+    wait_for(lambda: ran)
+    for client in clients[1:]:
+        client.sendall(get(b"/app"))
+    refused = [client.recv(1000)[9:12] for client in clients[3:]]
+    gate.set()
+    assert refused == [b"503"] * 3 and [client.recv(1000)[9:12] for client in clients[:3]] == [b"204"] * 3
+    for client in clients:
+        client.close()
+
+
+def test_a_response_leaves_its_thread_though_the_client_does_not_read(running):
+    """Up to 16 MiB wait in a file: one thread serves others meanwhile."""
+    mount(says([b"z" * 100000] * 60), threads=1)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", running.port))
+    slow.sendall(get(b"/app"))
+    wait_for(lambda: running.disk.used > 1000000)
+    assert len(fetch(running)[1].body) == 6000000
+    slow.settimeout(20)
+    with slow:
+        slow.shutdown(socket.SHUT_WR)
+        assert len(answers(read_plain(slow))[0].body) == 6000000
+    wait_for(lambda: not running.connections)
+    wait_for(lambda: running.disk.used == 0)
+
+
+# ------------------------------------------------------------------------------------------------ Tests that go looking
+# Seeded random messages, faults of system calls, odd callbacks, mutated texts. HTTPD_FUZZ=20 makes twenty times as many
+# cases. A finding names its case number: it makes the same case again.
+
+FUZZ = float(os.environ.get("HTTPD_FUZZ", "1"))
+HTTP_CASES = int(450 * FUZZ)            # streams of messages; each is sent five times
+FAULT_RUNS = int(200 * FUZZ)            # of a server over plain TCP
+TLS_FAULT_RUNS = int(40 * FUZZ)         # of one over TLS
+CALLBACK_RUNS = int(300 * FUZZ)
+PRIORITY_CASES = int(1200 * FUZZ)
+CONFIG_CASES = int(300 * FUZZ)
+JSON_CASES = int(400 * FUZZ)
+SHOWN = 8                               # findings that a failing test prints
+
+
+# -------------------------------------------------------------------------------------------------- Messages, a grammar
+
+class Message(NamedTuple):
+    """A request that RFC 9112 and HTTP.md take, and what the handler must say it was."""
+    raw: bytes
+    method: str
+    target: str
+    content: bytes
+    closes: bool        # the connection ends with its answer
+
+
+FIELD_POOL = (
+    b"User-Agent: curl/8.0", b"Accept: */*", b"Accept:text/html;q=0.9,\t*/*", b"accept: a",
+    b"Cookie: a=b; c=d", b"X-Empty:",
+    b'X-Text: \xe4\xff "quoted" \\ \t', b"x_underscore: 1", b"Connection: keep-alive",
+    b"Connection: foo,\t, bar", b"Upgrade: h2c",
+    b"X-Long: " + b"l" * 300, b"TE: trailers", b"Content-Type: application/json", b"!#$%&'*+-.^_`|~: token",
+    b"Via: 1.1 a, 1.0 b",
+)
+HOSTS = (b"example", b"EXAMPLE:80", b"127.0.0.1:8080", b"[::1]:8888", b"a-b.example.org", b"[fe80::1%25eth0]",
+         b"x%41")
+TARGETS = (b"/echo/%s", b"/echo/%s?", b"/echo/caf%%C3%%A9/%s", b"/echo?m=%s&x=100%%", b"/%%65cho/%s/",
+           b"http://example/echo/%s",
+           b"HTTP://[::1]:80/echo?%s", b"/echo/%s;a=b/../c", b"/echo/%s?a=/?:@!$&'()*+,;=", b"/echo//%s")
+EXTENSIONS = (b"", b"", b"", b";a", b";a=b", b' ; a="b;\\"c" ;d=e', b";a\t=\tb")
+TRAILERS = (b"", b"", b"", b"X-Trailer: 1\r\n", b"a:\r\nB: \xff\r\n")
+
+
+def make_chunked(content, chance):
+    """The content in the chunked coding, with what may stand in it."""
+    raw = b""
+    while content:
+        size = chance.randrange(1, len(content) + 1)
+        line = b"%s%x%s" % (b"0" * chance.choice((0, 0, 3)), size, chance.choice(EXTENSIONS))
+        raw += (line.upper() if chance.random() < 0.3 else line) + b"\r\n" + content[:size] + b"\r\n"
+        content = content[size:]
+    last = b"0" * chance.choice((1, 1, 4)) + chance.choice(EXTENSIONS) + b"\r\n"
+    return raw + last + chance.choice(TRAILERS) + b"\r\n"
+
+
+def make_message(marker, chance):
+    """A good request with the marker in its path, its query or its content."""
+    marker = marker.encode()
+    method = chance.choice(("GET", "GET", "GET", "HEAD", "POST", "POST", "PUT", "DELETE"))
+    version = chance.choice((b"1.1",) * 8 + (b"1.0", b"1.2"))
+    target, content = chance.choice(TARGETS) % marker, b""
+    fields = [b"Host: " + chance.choice(HOSTS), *chance.sample(FIELD_POOL, chance.choice((0, 1, 2, 5)))]
+    framing = chance.choice(("none", "none", "length", "chunked") if method in ("GET", "HEAD")
+                            else ("length", "chunked"))
+    if framing != "none":
+        content = marker + bytes(chance.choices(b"\r\n\0 a\xff0;:", k=chance.choice((0, 0, 5, 60, 400))))
+        if chance.random() < 0.2:
+            target = b"/echo"
+        if chance.random() < 0.2:
+            fields.append(b"Expect: 100-continue")
+    if framing == "chunked" and version != b"1.0":
+        fields.append(b"Transfer-Encoding: " + chance.choice((b"chunked", b"Chunked", b"\tchunked ")))
+        body = make_chunked(content, chance)
+    else:
+        if content:
+            fields.append(b"Content-Length: %d" % len(content))
+        body = content
+    if chance.random() < 0.05:
+        fields.append(b"Connection: " + chance.choice((b"close", b"Close", b"foo, close", b",\t,close,")))
+    chance.shuffle(fields)
+    options = b",".join(field.partition(b":")[2] for field in fields
+                        if field.lower().startswith(b"connection:")).lower()
+    closes = b"close" in options or version == b"1.0" and b"keep-alive" not in options
+    line = b"%s %s HTTP/%s\r\n" % (method.encode(), target, version)
+    raw = b"\r\n" * chance.choice((0, 0, 0, 1, 2)) + line + b"\r\n".join(fields) + b"\r\n\r\n" + body
+    return Message(raw, method, target.decode(), content, closes)
+
+
+TOKENS = (
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\x0b", b"\x1f", b"\x7f", b"\x85", b"\xa0", b"\xff",
+    b",", b";", b'"', b"\\", b"#", b"%", b"%00",
+    b"%7f", b"%zz", b"/", b"..", b"0", b"-1", b"+5", b"0x5", b"1_0", b"\r\n\r\n", b"\r\n ", b"\r\n\t",
+    b" \r\n", b"\r\n:", b"0\r\n\r\n",
+    b"Content-Length: 5\r\n", b"Content-Length: 05\r\n", b"Content-Length:\r\n", b"Content-Length: 5, 5\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding:\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Transfer-Encoding: identity\r\n",
+    b"Transfer-Encoding: \x0bchunked\r\n", b"Transfer-Encoding : chunked\r\n", b"Host: other\r\n",
+    b"Host: a b\r\n", b"Host: a@b\r\n", b"Host:\r\n",
+    b"Expect: 100-continue\r\n", b"Expect: other\r\n", b"Connection: close\r\n",
+    b"Connection: keep-alive\r\n", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0",
+    b"HTTP/0.9", b"http/1.1", b"GET ", b"HEAD ", b"CONNECT ", b"OPTIONS ", b"TRACE ", b"PRI ", b"get ", b"*",
+    b"https://", b"http://", b"http://u@h/",
+    b"a: b\r\n" * 130, b"x" * 700, b"x" * 5000, b"X: " + b"y" * 3000 + b"\r\n", b"0" * 20, b";a=b" * 600,
+    b"ffffffffffffffff\r\n", b"\x16\x03\x01",
+)
+
+
+def mutate(raw, chance, tokens=TOKENS):
+    """A few small damages, most of them where a line begins or ends."""
+    raw = bytearray(raw)
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        edges = [match.start() for match in re.finditer(rb"\r\n|(?<=\n)|[: ;,={}\[\]\"]", raw)]
+        place = chance.choice(edges) if edges and chance.random() < 0.6 else chance.randrange(len(raw) + 1)
+        length = chance.choice((0, 1, 1, 2, 5, 30))
+        piece = bytes(raw[place:place + length])
+        what = chance.randrange(6)
+        if what == 0:
+            raw[place:place + length] = b""
+        elif what == 1:
+            raw[place:place] = piece * chance.choice((1, 2))
+        elif what == 2:
+            raw[place:place + length] = bytes([chance.randrange(256)])
+        elif what == 3 and edges:
+            other = chance.choice(edges)
+            raw[other:other] = piece
+        else:
+            raw[place:place + chance.choice((0, 0, length))] = chance.choice(tokens)
+    return bytes(raw)
+
+
+def make_stream(number):
+    """Good messages, in most cases a mutated one, then perhaps some more: (before, mutated, after)."""
+    chance = random.Random("stream %d" % number)
+    before = [make_message("m%d.%d" % (number, i), chance) for i in range(chance.choice((0, 0, 1, 2, 3)))]
+    mutated = b""
+    if chance.random() < 0.85 or not before:
+        mutated = mutate(make_message("bad%d" % number, chance).raw, chance)
+    after = [make_message("n%d.%d" % (number, i), chance) for i in range(chance.choice((0, 0, 1, 2)))]
+    return before, mutated, after
+
+
+def join(messages):
+    return b"".join(message.raw for message in messages)
+
+
+def cut_anywhere(raw, chance):
+    """The same bytes in pieces: at a few places, around the ends of lines, or one by one."""
+    how = chance.randrange(4)
+    if how == 0:
+        places = chance.sample(range(len(raw)), min(len(raw), chance.randrange(1, 6)))
+    elif how == 1:
+        ends = [match.start() + chance.randrange(4) for match in re.finditer(b"\r\n", raw)]
+        places = chance.sample(ends, min(len(ends), 8))
+    elif how == 2:
+        start = chance.randrange(len(raw))
+        places = range(start, start + 40)
+    else:
+        places = [chance.randrange(len(raw))]
+    places = sorted({0, len(raw), *(place for place in places if place < len(raw))})
+    return [raw[a:b] for a, b in zip(places, places[1:])]
+
+
+# --------------------------------------------------------------------------------------------- Answers, a strict reader
+
+class Reply(NamedTuple):
+    status: int
+    fields: dict
+    content: bytes
+    whole: bool
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [ -~]*")
+VISIBLE = rb"[!-~\x80-\xff]"
+REPLY_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): (" + VISIBLE + rb"(?:[\t -~\x80-\xff]*" + VISIBLE
+                         + rb")?)?")
+
+
+def split_replies(data):
+    """The answers in `data`, 1xx left out; only the last may not be whole. AssertionError if it is no HTTP.
+
+    An answer to HEAD is known by the field X-To, which the handlers here set; an error, by what follows."""
+    replies, at = [], 0
+    while at < len(data):
+        end = data.find(b"\r\n\r\n", at)
+        if end < 0:
+            replies.append(Reply(0, {}, data[at:], False))
+            break
+        line, *lines = data[at:end].split(b"\r\n")
+        match = STATUS_LINE.fullmatch(line)
+        assert match, ("no status line", line)
+        status, fields = int(match[1]), {}
+        for line in lines:
+            match_field = REPLY_FIELD.fullmatch(line)
+            assert match_field, ("no field line", line)
+            name = match_field[1].decode().lower()
+            assert name not in fields, ("twice", name)
+            fields[name] = (match_field[2] or b"").decode("latin-1")
+        at = end + 4
+        if status == 100:
+            assert not fields
+            continue
+        content, whole, at = read_content(data, at, status, fields)
+        replies.append(Reply(status, fields, content, whole))
+    return replies
+
+
+def read_content(data, at, status, fields):
+    """The content at `at` as its head frames it: (content, it is whole, where the next answer begins)."""
+    assert "date" in fields, "no Date"
+    framed = ("content-length" in fields) + ("transfer-encoding" in fields)
+    if status in (204, 304):
+        assert not framed, "framing in a %d" % status
+        return b"", True, at
+    if fields.get("x-to") == "HEAD":
+        return b"", True, at
+    assert framed <= 1, "framed twice"
+    if "transfer-encoding" in fields:
+        return read_chunks(data, at)
+    if "content-length" not in fields:
+        assert fields.get("connection") == "close", "neither framed nor closed"
+        return data[at:], True, len(data)
+    length = int(fields["content-length"])
+    if status >= 400 and data[at:at + 9] in (b"", b"HTTP/1.1 "):    # an error's text begins differently
+        return b"", True, at
+    content = data[at:at + length]
+    return content, len(content) == length, at + length
+
+
+def read_chunks(data, at):
+    content = b""
+    while True:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            return content, False, len(data)
+        size = int(data[at:end], 16)
+        at = end + 2
+        content += data[at:at + size]
+        if len(data) < at + size + 2:
+            return content, False, len(data)
+        assert data[at + size:at + size + 2] == b"\r\n", "a chunk is not as long as it says"
+        at += size + 2
+        if not size:
+            return content, True, at
+
+
+def finish(server, clock=None):
+    """The clients have gone: no connection may be left, and nothing be held."""
+    for _ in range(200):
+        if not server.connections:
+            break
+        server.run_once(0.01)
+        if clock:
+            clock.ahead += 1
+    assert not server.connections, "connections are left: %r" % server.connections
+    assert server.held == 0, "%d bytes are held" % server.held
+
+
+def converse(server, pieces):
+    """Send each piece by itself and let the server work, then end the sending; returns all that comes."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            with contextlib.suppress(ConnectionError):      # what follows a refusal is not wanted
+                client.sendall(piece)
+            server.run_once(0)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + 10
+        client.setblocking(False)
+        server.run_once(0)
+        while True:
+            try:
+                more = client.recv(1 << 18)
+            except BlockingIOError:
+                assert time.monotonic() < end, "the connection does not end; came %r" % received[-300:]
+                server.run_once(0.02)
+                continue
+            except ConnectionResetError:
+                break
+            if not more:
+                break
+            received += more
+    finish(server)
+    return received
+
+
+def describe(request, page):
+    """Says what it has understood, in the head as well, which HEAD gets."""
+    page.set_header("X-To", request.method)
+    page.set_header("X-Target", request.target)
+    json.dump([request.method, request.target, request.body.decode("latin-1"),
+               sorted(request.headers.items())], page)
+    return 200
+
+
+def is_answer_to(message, reply):
+    said = reply.status, reply.fields.get("x-to"), reply.fields.get("x-target")
+    if said != (200, message.method, message.target):
+        return False
+    if message.method == "HEAD":
+        return reply.content == b""
+    method, target, content, _ = json.loads(reply.content)
+    return (method, target, content) == (message.method, message.target, message.content.decode("latin-1"))
+
+
+def check_replies(before, after, mutated, raw):
+    """What must hold of the answers to a stream, whatever the mutated message has become."""
+    replies = split_replies(raw)
+    for message in before:
+        assert replies and is_answer_to(message, replies[0]), ("lost or mixed", message.raw, replies[:1])
+        closed = replies[0].fields.get("connection") == "close"
+        assert closed == message.closes, ("close", message.raw, replies[0])
+        replies.pop(0)
+        if message.closes:
+            assert not replies, ("an answer behind close", message.raw, replies)
+            return
+    waiting = list(after)
+    for number, reply in enumerate(replies):
+        assert reply.whole, ("cut", reply)
+        assert reply.status < 500 or reply.status in (501, 505), reply
+        last = reply.fields.get("connection") == "close"
+        assert last or reply.status != 400, ("a 400 that does not close", reply)
+        assert not last or number == len(replies) - 1, ("an answer behind close", replies)
+        if any(is_answer_to(message, reply) for message in after):
+            while waiting and not is_answer_to(waiting[0], reply):
+                waiting.pop(0)
+            assert waiting, ("twice, or out of order", replies)
+            waiting.pop(0)
+    if not mutated:
+        closing = next((number for number, message in enumerate(after, 1) if message.closes), len(after))
+        assert len(replies) == closing, ("lost", replies)
+
+
+def normal(raw):
+    """Answers without what may differ: the time, and whether content was waited for."""
+    return re.sub(rb"Date: [^\r]*\r\n", b"", raw.replace(CONTINUE, b""))
+
+
+def small_server(**params):
+    return httpd.Server(ip="127.0.0.1", port=0, memory_budget=2 ** 18, max_header_size=2048,
+                        receive_buf_size=2048, **params)
+
+
+def brief(problem):
+    """An exception in a line, less what pytest adds to an assertion."""
+    return "%s: %s" % (type(problem).__name__, " ".join(str(problem).split("\nassert")[0].split("\n"))[:700])
+
+
+def fail_with(problems):
+    """One finding does not hide the others."""
+    if problems:
+        pytest.fail("%d findings, such as:\n%s" % (len(problems), "\n".join(problems[:SHOWN])), pytrace=False)
+
+
+def test_random_messages():
+    """Whole or cut, to a server that is cold or has seen it all: the same answers, none lost or mixed."""
+    httpd.register_httpdcb("test", "echo", describe, content_type="application/json",
+                           methods=("GET", "POST", "PUT", "DELETE"))
+    problems = []
+    old = small_server()
+    for number in range(HTTP_CASES):
+        before, mutated, after = make_stream(number)
+        raw = join(before) + mutated + join(after)
+        if not raw:
+            continue
+        chance = random.Random("cuts %d" % number)
+        ways = [[raw], [raw], cut_anywhere(raw, chance), cut_anywhere(raw, chance)]
+        chance.shuffle(ways)
+        young = small_server()
+        try:
+            came = [converse(young, pieces) for pieces in ways] + [converse(old, ways[0])]
+            check_replies(before, after, mutated, came[0])
+            found = [normal(data) for data in came]
+            for pieces, other in zip(ways + ways[:1], found):
+                assert other == found[0], ("differs", ways[0], found[0], pieces, other)
+        except BaseException as problem:
+            problems.append("case %d: %s\n    raw: %r" % (number, brief(problem), raw[:1500]))
+            with contextlib.suppress(BaseException):
+                old.stop(0)
+            old = small_server()
+        finally:
+            young.stop(0)
+    old.stop(0)
+    fail_with(problems)
+
+
+# ----------------------------------------------------------------------------------------------- Faults of system calls
+
+class Clock:
+    """time.monotonic() of the server under test, which can be put forward."""
+    ahead = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+
+RECEIVE_ERRORS = (errno.ECONNRESET, errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.ETIMEDOUT,
+                  errno.EHOSTUNREACH)
+SEND_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.ETIMEDOUT)
+ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR,
+                 errno.EPERM, errno.EPROTO)
+
+
+class Faults:
+    """What goes wrong, where, by a seeded chance; and who has been hit, by the address of the client."""
+
+    def __init__(self):
+        self.switch_off()
+
+    def switch_on(self, chance, rate, hostile):
+        self.chance, self.rate, self.hostile = chance, rate, hostile
+        self.hit, self.everybody, self.log = set(), False, []
+
+    def switch_off(self):
+        self.switch_on(random.Random(0), 0.0, False)
+
+    def happens(self):
+        return self.rate and self.chance.random() < self.rate
+
+    def note(self, call, number, sock):
+        """An error that ends a connection is about to be raised: its client may get less."""
+        self.log.append("%s: %s" % (call, errno.errorcode.get(number, number)))
+        try:
+            self.hit.add(sock.getpeername()[1])
+        except OSError:
+            self.everybody = True       # the listener; or a connection whose client has gone
+        return OSError(number, os.strerror(number))
+
+    def shorten(self, call, sock, size, errors):
+        """The size to take instead of `size`; or BlockingIOError; or, if it is hostile, another error."""
+        if not self.happens():
+            return size
+        what = self.chance.randrange(4)
+        if what == 0 and self.hostile:
+            raise self.note(call, self.chance.choice(errors), sock)
+        if what == 1:
+            self.log.append(call + ": EAGAIN")
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return self.chance.randrange(1, max(size, 1) + 1) if size else size
+
+    def fail(self, call, sock, errors, mild=()):
+        """An error or nothing. `mild`: exceptions that only mean to come again."""
+        if not self.happens():
+            return
+        if self.hostile and self.chance.random() < 0.5:
+            raise self.note(call, self.chance.choice(errors), sock)
+        if mild:
+            self.log.append(call + ": again")
+            raise self.chance.choice(mild)
+
+
+faults = Faults()
+clock = Clock()
+
+
+class FaultyCalls:
+    """The calls of a socket that can fail; over both the C type and socket.socket."""
+    __slots__ = ()
+
+    def recv(self, size, flags=0):
+        size = faults.shorten("recv", self, size, RECEIVE_ERRORS)
+        if not isinstance(self, FaultyCalls):       # below TLS
+            return socket.SocketType.recv(self, size, flags)
+        return super().recv(size, flags)
+
+    def recv_into(self, buffer, size=0, flags=0):
+        size = faults.shorten("recv", self, size or len(buffer), RECEIVE_ERRORS)
+        return super().recv_into(buffer, size, flags)
+
+    def send(self, data, flags=0):
+        size = faults.shorten("send", self, len(data), SEND_ERRORS)
+        return super().send(memoryview(data)[:size], flags)
+
+    def sendmsg(self, buffers, *rest):
+        return self.send(b"".join(buffers)) if not rest else super().sendmsg(buffers, *rest)
+
+    def shutdown(self, how):
+        faults.fail("shutdown", self, (errno.ENOTCONN,))
+        return super().shutdown(how)
+
+    def _accept(self):      # socket.accept() comes by here too
+        faults.fail("accept", self, ACCEPT_ERRORS, (BlockingIOError(errno.EAGAIN, "again"),))
+        return super()._accept()
+
+
+class FaultySocketType(FaultyCalls, socket.SocketType):
+    __slots__ = ()
+
+
+class FaultySocket(FaultyCalls, socket.socket):
+    __slots__ = ()
+
+    def accept(self):
+        sock, peer = super().accept()
+        faulty = FaultySocket(sock.family, sock.type, sock.proto, sock.detach())
+        faulty.setblocking(False)
+        return faulty, peer
+
+
+class FaultyEpoll:
+    """select.epoll, which cannot be a base class."""
+
+    def __init__(self, *arguments, real=None):
+        self.real = real or select.epoll(*arguments)
+
+    @classmethod
+    def fromfd(cls, descriptor):
+        return cls(real=select.epoll.fromfd(descriptor))
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def register(self, descriptor, *mask):
+        fail_to_watch(descriptor)
+        return self.real.register(descriptor, *mask)
+
+    def modify(self, descriptor, mask):
+        fail_to_watch(descriptor)
+        return self.real.modify(descriptor, mask)
+
+
+class FaultySelector(selectors.EpollSelector):
+    def register(self, fileobj, events, data=None):
+        fail_to_watch(fileobj)
+        return super().register(fileobj, events, data)
+
+    def modify(self, fileobj, events, data=None):
+        fail_to_watch(fileobj)
+        return super().modify(fileobj, events, data)
+
+    def select(self, timeout=None):
+        """Not all that is ready: the rest is so the next time."""
+        ready = super().select(timeout)
+        return [each for each in ready if not faults.happens()]
+
+
+def fail_to_watch(fileobj):
+    if not faults.rate or not faults.hostile:
+        return
+    sock = socket.socket(fileno=os.dup(fileobj if isinstance(fileobj, int) else fileobj.fileno()))
+    with sock:
+        faults.fail("epoll", sock, (errno.ENOSPC, errno.ENOMEM))
+
+
+class FaultyTLS:
+    """What ssl has inside a socket. No record is cut: the rest of it would be where epoll does not see it."""
+
+    def __init__(self, real, sock):
+        self.real, self.sock = real, sock
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def do_handshake(self):
+        faults.fail("handshake", self.sock, RECEIVE_ERRORS,
+                    (ssl.SSLWantReadError(2, "read"), ssl.SSLWantWriteError(3, "write")))
+        return self.real.do_handshake()
+
+    def read(self, *arguments):
+        faults.fail("TLS read", self.sock, RECEIVE_ERRORS, (ssl.SSLWantReadError(2, "read"),))
+        return self.real.read(*arguments)
+
+    def write(self, data):
+        faults.fail("TLS write", self.sock, SEND_ERRORS, (ssl.SSLWantWriteError(3, "write"),))
+        return self.real.write(data)
+
+
+class FaultyContext(ssl.SSLContext):
+    def _wrap_socket(self, sock, *arguments, **keywords):
+        return FaultyTLS(super()._wrap_socket(sock, *arguments, **keywords), sock)
+
+
+def changed(module, **names):
+    """A copy of a module in which some names are others."""
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update({**vars(module), **names})
+    return copy
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """httpd.py once more, on sockets, epoll and TLS that fail as `faults` says. Its registry is its own."""
+    for module, names in (
+        (socket, {"socket": FaultySocket, "SocketType": FaultySocketType}),
+        (select, {"epoll": FaultyEpoll}),
+        (selectors, {"EpollSelector": FaultySelector, "DefaultSelector": FaultySelector}),
+        (ssl, {"SSLContext": FaultyContext}),
+        (time, {"monotonic": clock.monotonic}),
+    ):
+        monkeypatch.setitem(sys.modules, module.__name__, changed(module, **names))
+    spec = importlib.util.spec_from_file_location("httpd_under_faults", httpd.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    add_roots(module)
+    logging.getLogger("httpd").setLevel(logging.CRITICAL)
+    yield module
+    logging.getLogger("httpd").setLevel(logging.NOTSET)
+    faults.switch_off()
+    clock.ahead = 0.0
+
+
+PAGE_SIZES = {"page": 700, "large": 90000, "stream": 60000, "sized": 30000, "suspended": 900}
+
+
+@functools.lru_cache(maxsize=32)
+def content_of(marker, size):
+    """Content by which a mistaken or shifted piece is seen."""
+    unit = b"<%s:%%06d>" % marker.encode()
+    return b"".join(unit % i for i in range(size // len(unit % 0) + 1))[:size]
+
+
+def add_roots(module):
+    """Every way to answer. The marker is in the query; who drives the server resumes what is suspended."""
+    module.waiting = waiting = []
+
+    def page(request, page):
+        page.write(content_of(request.query, PAGE_SIZES[request.root]))
+        return 200
+
+    def post(request, page):
+        page.write(request.body)
+        return 200
+
+    def begin(request, page):
+        request.state = [0]
+        if request.root == "sized":
+            page.set_header("Content-Length", str(PAGE_SIZES["sized"]))
+        return 200
+
+    def flush(request, position, buffer):
+        request.state[0] += 1
+        if request.state[0] % 3 == 0:
+            waiting.append(request)
+            return 0
+        content = content_of(request.query, PAGE_SIZES[request.root])
+        piece = content[position:position + min(len(buffer), 7000)]
+        buffer[:len(piece)] = piece
+        return len(piece) or module.END
+
+    def suspended(request, _page):
+        if request.state is None:
+            request.state = "suspended"
+            waiting.append(request)
+            return module.SUSPEND
+        return page(request, _page)
+
+    def upload(request, data):
+        request.state = (request.state or b"") + data
+
+    def uploaded(request, page):
+        page.write(request.state or b"")
+        return 200
+
+    for name in ("page", "large"):
+        module.register_httpdcb("test", name, page)
+    for name in ("stream", "sized"):
+        module.register_httpdcb("test", name, begin, flush)
+    module.register_httpdcb("test", "post", post)
+    module.register_httpdcb("test", "suspended", suspended)
+    module.register_httpdcb("test", "upload", uploaded, upload_data_cb=upload)
+
+
+class Script(NamedTuple):
+    raw: bytes
+    expected: list      # (content, it is an answer to HEAD)
+
+
+def make_script(number, chance):
+    """A conversation: requests of every kind, pipelined, the last with Connection: close."""
+    raw, expected = b"", []
+    count = chance.choice((1, 1, 2, 3, 6))
+    for i in range(count):
+        marker = "c%d.%d" % (number, i)
+        root = chance.choice(("page", "page", "large", "stream", "sized", "suspended", "post", "upload"))
+        fields = b"Host: example\r\n" + (b"Connection: close\r\n" if i == count - 1 else b"")
+        if root in PAGE_SIZES:
+            method = b"HEAD" if chance.random() < 0.15 else b"GET"
+            raw += b"%s /%s?%s HTTP/1.1\r\n%s\r\n" % (method, root.encode(), marker.encode(), fields)
+            expected.append((b"" if method == b"HEAD" else content_of(marker, PAGE_SIZES[root]),
+                             method == b"HEAD"))
+            continue
+        content = content_of(marker, chance.choice((1, 200, 900) if root == "post" else (1, 900, 20000)))
+        fields += b"Expect: 100-continue\r\n" if chance.random() < 0.3 else b""
+        if chance.random() < 0.5:
+            framing, body = b"Content-Length: %d\r\n" % len(content), content
+        else:
+            framing, body = b"Transfer-Encoding: chunked\r\n", make_chunked(content, chance)
+        raw += b"POST /%s HTTP/1.1\r\n%s%s\r\n%s" % (root.encode(), fields, framing, body)
+        expected.append((content, False))
+    return Script(raw, expected)
+
+
+class ScriptedClient:
+    """One end of a conversation, which sends and reads a bit at a time; with `context` over TLS."""
+
+    def __init__(self, server, script, context=None):
+        self.script, self.unsent, self.received, self.ended = script, script.raw, b"", False
+        self.sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setblocking(False)
+        self.port = self.sock.getsockname()[1]
+        self.tls = None
+        if context:
+            self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self.tls = context.wrap_bio(self.incoming, self.outgoing)
+            self.secret, self.shaken = b"", False
+
+    def step(self, chance):
+        """Send a bit, read a bit; returns whether anything has moved."""
+        moved = False
+        size = chance.choice((1, 40, 1000, 100000))
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            moved = bool(self._send(size))
+        if chance.random() < 0.3:
+            return moved
+        try:
+            data = self.sock.recv(chance.choice((100, 5000, 1 << 18)))
+        except BlockingIOError:
+            return moved
+        except ConnectionError:
+            data = b""
+        if not data:
+            self.ended = True
+        if self.tls and data:
+            self.incoming.write(data)
+            self._shake_hands()
+        else:
+            self.received += data
+        return True
+
+    def _send(self, size):
+        if not self.tls:
+            sent = self.sock.send(self.unsent[:size]) if self.unsent else 0
+            self.unsent = self.unsent[sent:]
+            return sent
+        self._shake_hands()
+        if self.shaken and self.unsent:
+            self.unsent = self.unsent[self.tls.write(self.unsent[:size]):]
+        self.secret += self.outgoing.read()
+        sent = self.sock.send(self.secret[:size]) if self.secret else 0
+        self.secret = self.secret[sent:]
+        return sent
+
+    def _shake_hands(self):
+        """What TLS has to say before and beside the content."""
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            if not self.shaken:
+                self.tls.do_handshake()
+                self.shaken = True
+            while more := self.tls.read(1 << 16):
+                self.received += more
+
+    def check(self, whole):
+        """What came is what was to come, or, if not `whole`, its beginning and perhaps an error."""
+        expected = list(self.script.expected)
+        replies = split_scripted(self.received, [to_head for _, to_head in expected])
+        for number, reply in enumerate(replies):
+            assert number < len(expected), ("more answers than requests", reply)
+            content = expected[number][0]
+            if reply.whole and reply.status != 200 and not whole:
+                assert reply.status in (400, 408, 413, 500, 503) and number == len(replies) - 1, reply
+                return
+            assert reply.status in (0, 200), reply
+            both = number, content[:60], reply.content[:60], len(content), len(reply.content)
+            assert reply.status == 0 or content.startswith(reply.content), ("mixed", *both)
+            assert not reply.whole or content == reply.content, ("short", *both)
+            assert reply.whole or number == len(replies) - 1
+        if whole:
+            assert len(replies) == len(expected) and all(reply.whole for reply in replies), (
+                "lost or cut", len(replies), len(expected), [len(reply.content) for reply in replies])
+
+
+def split_scripted(data, to_heads):
+    """split_replies() for answers whose methods are known."""
+    replies, heads = [], list(to_heads)
+    while data:
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return [*replies, Reply(0, {}, data, False)]
+        if data.startswith(b"HTTP/1.1 100"):
+            data = data[end:]
+            continue
+        if heads and heads.pop(0):
+            head = data[:end].split(b"\r\n")
+            replies.append(Reply(int(head[0][9:12]), {}, b"", True))
+            data = data[end:]
+            continue
+        reply, rest = first_reply(data)
+        replies.append(reply)
+        data = rest
+    return replies
+
+
+def first_reply(data):
+    """The first answer, and what is behind it."""
+    line, *lines = data[:data.index(b"\r\n\r\n")].split(b"\r\n")
+    fields = {}
+    for field in lines:
+        name, _, value = field.partition(b": ")
+        fields[name.decode().lower()] = value.decode("latin-1")
+    match = STATUS_LINE.fullmatch(line)
+    assert match, ("no status line", line)
+    content, whole, end = read_content(data, data.index(b"\r\n\r\n") + 4, int(match[1]), fields)
+    return Reply(int(match[1]), fields, content, whole), data[end:]
+
+
+def drive(module, server, clients, chance, whole):
+    """Let clients and server work in turns until all have ended; puts the clock forward if all wait."""
+    still, moved_on = 0, 0
+    while not all(client.ended for client in clients):
+        moved = [client.step(chance) for client in clients if not client.ended]
+        server.run_once(0.0005 if still > 20 else 0)
+        if module.waiting and (still > 3 or chance.random() < 0.3):
+            module.waiting.pop(chance.randrange(len(module.waiting))).resume()
+            still = 0
+        still = 0 if any(moved) else still + 1
+        if still > 40:
+            still, moved_on = 20, moved_on + 1
+            clock.ahead += 1.1
+            for client in clients:
+                assert moved_on < 150, ("never ends", client.script.raw[:200], client.received[-200:],
+                                        client.unsent[:50])
+
+
+def fault_run(module, number, context=None, **params):
+    """Some conversations with faults, then one without: the server serves on and holds nothing."""
+    chance = random.Random("faults %d %s" % (number, bool(context)))
+    hostile = number % 3 > 0
+    server = module.Server(ip="127.0.0.1", port=0, memory_budget=2 ** 21, receive_buf_size=2048, **params)
+    clients = []
+    try:
+        assert server.port
+        module.waiting.clear()
+        scripts = [make_script(i, chance) for i in range(chance.choice((1, 2, 4)))]
+        faults.switch_on(chance, chance.choice((0.01, 0.05, 0.3)), hostile)
+        clients += [ScriptedClient(server, script, context) for script in scripts]
+        drive(module, server, clients, chance, not hostile)
+        for client in clients:
+            try:
+                client.check(whole=not faults.everybody and client.port not in faults.hit)
+            except AssertionError as problem:
+                hit = client.port in faults.hit
+                raw = client.script.raw[:300]
+                raise AssertionError("%s, hit: %s, raw: %r" % (brief(problem), hit, raw)) from None
+        for client in clients:
+            client.sock.close()
+        faults.switch_off()
+        clock.ahead += 2
+        last = ScriptedClient(server, Script(b"GET /page?last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+                                     [(content_of("last", 700), False)]), context)
+        clients.append(last)
+        drive(module, server, [last], chance, True)
+        last.check(whole=True)
+        last.sock.close()
+        finish(server, clock)
+    except BaseException:
+        faults.rate = 0.0
+        with contextlib.suppress(BaseException):        # it would hide what has happened
+            server.stop(0)
+        raise
+    finally:
+        for client in clients:
+            client.sock.close()
+    server.stop(0)
+
+
+def run_with_faults(module, count, context=None, **params):
+    problems = []
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for number in range(count):
+        try:
+            fault_run(module, number, context, **params)
+        except BaseException as problem:
+            log = faults.log[-12:]
+            trace = problem.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            where = trace.tb_frame.f_code.co_name, trace.tb_lineno
+            problems.append("run %d: %s, in %s line %d\n    faults: %s"
+                            % (number, brief(problem), *where, log))
+    if not problems and len(os.listdir("/proc/self/fd")) > descriptors + 2:
+        problems.append("%d descriptors are left" % (len(os.listdir("/proc/self/fd")) - descriptors))
+    fail_with(problems)
+
+
+def test_faults_of_system_calls(faulty):
+    """Short and interrupted calls change nothing; an error of a connection ends that one and no other."""
+    run_with_faults(faulty, FAULT_RUNS)
+
+
+def test_faults_of_system_calls_with_tls(faulty, pki):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    run_with_faults(faulty, TLS_FAULT_RUNS, context, tls_cert_file=str(pki / "ec.pem"),
+                    tls_key_file=str(pki / "ec.key"),
+                    tls_ciphers="NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2")
+
+
+# --------------------------------------------------------------------------------------------- Callbacks that misbehave
+
+class Unspeakable(Exception):
+    """Not even its text can be had."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class UnspeakableObject:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+class Home(BaseException):
+    """Of a library's own, beside Exception."""
+
+
+def spoilt(**attributes):
+    """An HTTPError with an attribute that somebody has written into."""
+    error = httpd.HTTPError(409, "spoilt")
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+RETURNED = (
+    None, True, False, 0, 1, 99, 100, 101, 199, 200, 201, 204, 205, 299, 304, 404, 418, 503, 599, 600, 999,
+    -1, -3, 10 ** 30, -10 ** 30,
+    200.0, -2.0, -1.0, 0.0, math.nan, math.inf, "200", b"200", "", [], [200], (200, "OK"), {}, object(),
+    UnspeakableObject(), http.HTTPStatus.OK,
+    http.HTTPStatus.NOT_FOUND, complex(200), range(3), print, Exception("returned"), "\ud800",
+)
+RAISED = {
+    "HTTPError 400": lambda: httpd.HTTPError(400),
+    "HTTPError 503": lambda: httpd.HTTPError(503, "busy", {"Retry-After": "1"}),
+    "HTTPError with a surrogate": lambda: httpd.HTTPError(404, "no such key: \ud800"),
+    "HTTPError with lines": lambda: httpd.HTTPError(404, "a\r\nSet-Cookie: b=c\r\n\r\nHTTP/1.1 200 OK\r\n"),
+    "HTTPError with a long text": lambda: httpd.HTTPError(404, "\u20ac" * 100000),
+    "HTTPError with NUL": lambda: httpd.HTTPError(404, "\0"),
+    "HTTPError 100": lambda: httpd.HTTPError(100),
+    "HTTPError 200": lambda: httpd.HTTPError(200, "fine"),
+    "HTTPError 304": lambda: httpd.HTTPError(304),
+    "HTTPError 999": lambda: httpd.HTTPError(999, "x"),
+    "HTTPError -1": lambda: httpd.HTTPError(-1, "x"),
+    "HTTPError 10**30": lambda: httpd.HTTPError(10 ** 30),
+    "HTTPError text None": lambda: httpd.HTTPError(404, None),
+    "HTTPError text 5": lambda: httpd.HTTPError(404, 5),
+    "HTTPError text bytes": lambda: httpd.HTTPError(404, b"x"),
+    "HTTPError status text": lambda: httpd.HTTPError("404", "x"),
+    "HTTPError status None": lambda: httpd.HTTPError(None, "x"),
+    "HTTPError bad field": lambda: httpd.HTTPError(404, "x", {"X": "a\r\nb"}),
+    "HTTPError own field": lambda: httpd.HTTPError(404, "x", {"Connection": "x"}),
+    "HTTPError int field": lambda: httpd.HTTPError(404, "x", {"X": 5}),
+    "HTTPError field not latin-1": lambda: httpd.HTTPError(404, "x", {"X": "\u20ac"}),
+    "HTTPError headers list": lambda: httpd.HTTPError(404, "x", [1]),
+    "HTTPError length": lambda: httpd.HTTPError(404, "x", {"Content-Length": "5"}),
+    "HTTPError type": lambda: httpd.HTTPError(404, "x", {"content-type": "a/b"}),
+    "spoilt status": lambda: spoilt(status="x"),
+    "spoilt status float": lambda: spoilt(status=404.5),
+    "spoilt status None": lambda: spoilt(status=None),
+    "spoilt reason": lambda: spoilt(reason=object()),
+    "spoilt headers": lambda: spoilt(headers=None),
+    "spoilt field": lambda: spoilt(headers={"X": "a\r\nb"}),
+    "HTTPError 401": lambda: httpd.HTTPError(401, "x", {"WWW-Authenticate": "Basic"}),
+    "KeyError": lambda: KeyError("x"),
+    "KeyError surrogate": lambda: KeyError("\ud800"),
+    "SystemExit": SystemExit,
+    "SystemExit text": lambda: SystemExit("bye"),
+    "CancelledError": asyncio.CancelledError,
+    "GeneratorExit": GeneratorExit,
+    "BufferError": BufferError,
+    "MemoryError": MemoryError,
+    "StopIteration": lambda: StopIteration(5),
+    "StopAsyncIteration": StopAsyncIteration,
+    "RecursionError": RecursionError,
+    "BlockingIOError": lambda: BlockingIOError(errno.EAGAIN, "x"),
+    "InterruptedError": lambda: InterruptedError(errno.EINTR, "x"),
+    "ConnectionResetError": lambda: ConnectionResetError(errno.ECONNRESET, "x"),
+    "BrokenPipeError": BrokenPipeError,
+    "TimeoutError": TimeoutError,
+    "OSError": OSError,
+    "EMFILE": lambda: OSError(errno.EMFILE, "x"),
+    "SSLWantReadError": lambda: ssl.SSLWantReadError(2, "x"),
+    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+    "ConfigError": lambda: httpd.ConfigError("x"),
+    "AssertionError": AssertionError,
+    "ImportError": ImportError,
+    "Unspeakable": Unspeakable,
+    "BaseException": BaseException,
+    "Home": Home,
+}
+WRITTEN = ("", b"", "x", b"x" * 100, bytearray(b"y"), memoryview(b"z"), None, 5, 1.5, "\ud800",
+           b"x" * 10 ** 6, ["a"], "\u20ac" * 10, object(),
+           memoryview(b"abcdefgh").cast("I"))
+HEADERS = (("X-A", "b"), ("X-A", 5), ("X-A", None), ("X-A", "a\r\nb"), ("X A", "b"), ("", "b"),
+           ("X-A", "\ud800"), ("X-A", "\u20ac"), ("X-A", b"b"),
+           ("Content-Length", "5"), ("Content-Length", 5), ("Content-Length", "-5"),
+           ("Content-Length", "5, 5"), ("content-length", "\u0665"), ("Date", "x"),
+           ("Content-Length", "0"), ("Transfer-Encoding", "chunked"), ("Connection", "close"),
+           ("Content-Type", "a\nb"), ("Content-Type", ""), (5, 5), (None, None),
+           ("Set-Cookie", "a=b"), ("X-A", "y" * 2000), ("\u212a", "b"), ("Content-Length", "9" * 18),
+           ("Content-Length", "9" * 30))
+
+
+EVERYTHING = len(RAISED) + 2 * len(RETURNED)
+
+
+def misbehave(what):
+    """Return or raise what the plan says."""
+    kind, value = what
+    if kind == "raise":
+        raise RAISED[value]()
+    return value
+
+
+class Plan(NamedTuple):
+    """What the callbacks of one request do; None: as they should."""
+    access: object = None       # ("return", value) or ("raise", name)
+    again: object = None        # the same after resume()
+    flush: object = None
+    flush_turn: int = 0         # at which call of flush_data_cb
+    upload: object = None
+    write: tuple = ()
+    headers: tuple = ()
+
+
+def make_plan(number, chance):
+    """At first everything once in the access handler, returned values in flush_data_cb too; then anything."""
+    if number < len(RAISED):
+        return Plan(access=("raise", list(RAISED)[number]))
+    if number < len(RAISED) + len(RETURNED):
+        return Plan(access=("return", RETURNED[number - len(RAISED)]), write=("fine",))
+    if number < EVERYTHING:
+        return Plan(flush=("return", RETURNED[number - len(RAISED) - len(RETURNED)]), flush_turn=1)
+    what = "return", chance.choice(RETURNED)
+    if chance.random() < 0.5:
+        what = "raise", chance.choice(list(RAISED))
+    where = chance.choice(("access", "again", "flush", "flush", "upload", "page"))
+    if where == "flush":
+        return Plan(flush=what, flush_turn=chance.choice((0, 1, 2)),
+                    headers=(("Content-Length", "9000"),) * chance.choice((0, 1)))
+    if where == "page":
+        headers = tuple(chance.choices(HEADERS, k=chance.choice((0, 1, 2))))
+        return Plan(write=tuple(chance.choices(WRITTEN, k=chance.choice((0, 1, 2)))), headers=headers)
+    plan = Plan(**{where: what})
+    return plan._replace(write=(chance.choice(WRITTEN),) if chance.random() < 0.2 else ())
+
+
+def register_plan(plan, waiting):
+    """Roots that do what the plan says: /plain, /stream with a flush_data_cb, /upload, and /good."""
+    def access(request, page):
+        if request.state == "suspended":
+            return misbehave(plan.again)
+        if plan.again:
+            request.state = "suspended"
+            waiting.append(request)
+            return httpd.SUSPEND
+        for name, value in plan.headers:
+            page.set_header(name, value)
+        for data in plan.write:
+            page.write(data)
+        if plan.access:
+            return misbehave(plan.access)
+        if not plan.write and request.root != "stream":
+            page.write("fine")
+        return 200
+
+    turns = []
+
+    def flush(request, position, buffer):
+        turns.append(position)
+        if plan.flush and len(turns) == plan.flush_turn + 1:
+            if plan.flush == ("return", 0):                    # nothing yet: it is to be called again
+                waiting.append(request)
+            return misbehave(plan.flush)
+        count = min(3000, 9000 - position)
+        if count <= 0:
+            return httpd.END
+        buffer[:count] = b"f" * count
+        return count
+
+    def upload(request, data):
+        if plan.upload:
+            return misbehave(plan.upload)
+
+    def good(request, page):
+        page.set_header("X-Good", request.query)
+        page.write("good " + request.query)
+        return 200
+
+    httpd.register_httpdcb("test", "plain", access)
+    httpd.register_httpdcb("test", "stream", access, flush)
+    httpd.register_httpdcb("test", "upload", access, upload_data_cb=upload)
+    httpd.register_httpdcb("test", "good", good)
+
+
+def is_status(value):
+    """What an access handler may return: an int that is no bool, HTTPStatus included; None is 200."""
+    return value is None or isinstance(value, int) and not isinstance(value, bool) and 200 <= value <= 599
+
+
+def check_bad_answer(plan, method, root, reply, reset):
+    """Of a request whose callbacks misbehave: 500, the HTTPError, or what is allowed; a stream is cut."""
+    fault = plan.upload or plan.again or plan.access
+    if root == "stream" and plan.flush and method != "HEAD":
+        if plan.flush_turn == 0 and reply.status >= 400:       # nothing had been sent: it is answered
+            return
+        kind, value = plan.flush
+        good = kind == "return" and (is_count(value) or value == httpd.END)
+        # To HTTP/1.0 an orderly end is the whole: a reset is the sign.
+        assert good or reset or not reply.whole, ("not cut", reply)
+        return
+    assert reply.whole, ("cut", reply)
+    assert 200 <= reply.status <= 599, reply
+    plain = plan.write in ((), ("fine",)) and not plan.headers
+    if fault and fault[0] == "return" and fault is not plan.upload and plain:
+        wanted = (fault[1] or 200,) if is_status(fault[1]) else (500,)
+        if fault[1] is None:        # without content: today's rule is 500
+            wanted = (200, 500)
+        assert reply.status in wanted, ("returned %s" % type(fault[1]), reply)
+    if fault and fault[0] == "raise" and plain:
+        error = None
+        with contextlib.suppress(Exception):
+            error = RAISED[fault[1]]()
+        wanted = 500
+        if isinstance(error, httpd.HTTPError) and isinstance(error.status,
+                                                             int) and 400 <= error.status <= 599:
+            wanted = error.status
+        assert reply.status in (wanted, 500) or "spoilt" in fault[1], ("raised", fault[1], reply)
+
+
+def is_count(value):
+    """What flush_data_cb may return: the size of a piece."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def callback_run(number):
+    chance = random.Random("callbacks %d" % number)
+    plan, waiting = make_plan(number, chance), []
+    root = "upload" if plan.upload else "stream" if plan.flush else chance.choice(("plain", "plain",
+                                                                                   "stream"))
+    method = "POST" if plan.upload else chance.choice(("GET", "GET", "HEAD", "POST"))
+    version = chance.choice(("1.1", "1.1", "1.0"))
+    for name in ("plain", "stream", "upload", "good"):
+        httpd.roots.pop(name, None)
+    register_plan(plan, waiting)
+    content = b"c" * chance.choice((10, 900))
+    head = "%s /%s?%d HTTP/%s\r\nHost: x\r\nConnection: keep-alive\r\n" % (method, root, number, version)
+    head += "Content-Length: %d\r\n" % len(content) if method == "POST" else ""
+    good = b"GET /good?%d HTTP/1.1\r\nHost: x\r\n\r\n"
+    raw = good % 1 + head.encode() + b"\r\n" + (content if method == "POST" else b"") + good % 2
+    server = small_server()
+    try:
+        received, ended, reset = b"", False, False
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(raw)
+            client.setblocking(False)
+            quiet = 0
+            while not ended and quiet < 3:
+                assert len(received) < 1 << 20, "an endless answer"
+                server.run_once(0.001 * quiet)
+                if waiting:
+                    waiting.pop().resume()
+                try:
+                    more = client.recv(1 << 20)
+                except BlockingIOError:
+                    quiet += 1
+                    continue
+                except ConnectionResetError:
+                    more, reset = b"", True
+                received, ended, quiet = received + more, not more, 0
+        finish(server)
+        said = "%s /%s HTTP/%s" % (method, root, version)
+        replies = split_scripted(received, [False, method == "HEAD", False])
+        assert replies and replies[0].content == b"good 1", ("the one before is lost", said, received[:200])
+        if not ended or len(replies) > 2:
+            assert len(replies) == 3 and replies[2].content == b"good 2", ("the one behind is lost", said,
+                                                                           received[-300:])
+        assert len(replies) >= 2 or root == "stream", ("no answer", said, received[-200:])
+        if len(replies) > 1 and replies[1].status:
+            check_bad_answer(plan, method, root, replies[1], reset)
+        fresh = split_replies(converse(server, [good % 3]))
+        assert [reply.content for reply in fresh] == [b"good 3"], ("serves no more", said)
+    finally:
+        with contextlib.suppress(Exception):
+            server.stop(0)
+
+
+def test_callbacks_that_misbehave(caplog):
+    """Whatever they do: an answer or a cut stream; others are answered, and the server lives."""
+    caplog.set_level(logging.CRITICAL, "httpd")
+    problems = []
+    for number in range(max(CALLBACK_RUNS, EVERYTHING)):
+        try:
+            callback_run(number)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:
+            text = "Unspeakable" if isinstance(problem, Unspeakable) else brief(problem)
+            plan = make_plan(number, random.Random("callbacks %d" % number))
+            where = next((name for name in ("access", "again", "flush", "upload") if getattr(plan, name)),
+                         "write")
+            what = getattr(plan, where) if where != "write" else plan.write + plan.headers
+            said = "an object" if isinstance(what[-1], UnspeakableObject) else repr(what)
+            problems.append("run %d: %s %s: %s" % (number, where, said[:200], text))
+    fail_with(problems)
+
+
+# -------------------------------------------------------------------------------------------------------- Mutated texts
+
+PRIORITIES = (
+    "NORMAL", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2", "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2",
+    "PFS:%SERVER_PRECEDENCE:-CIPHER-ALL:+AES-128-GCM",
+    "NONE:+VERS-TLS1.2:+AES-256-GCM:+ECDHE-RSA:+AEAD:+GROUP-X25519:+SIGN-ALL:+COMP-NULL", "SUITEB128",
+    "PERFORMANCE:-GROUP-ALL:+GROUP-SECP256R1", "@SYSTEM",
+    "NORMAL:-MAC-ALL:+SHA256:-KX-ALL:+ECDHE-ECDSA:+RSA", "NORMAL:%NO_TICKETS:%PROFILE_MEDIUM:!3DES-CBC",
+    "LEGACY:-VERS-TLS-ALL:+VERS-TLS1.2:+CTYPE-X509",
+)
+PRIORITY_TOKENS = (b":", b"+", b"-", b"!", b"%", b"@", b"\0", b" ", b"\n", b"\xc5\xbf", b"\xc3\x9f", b"ALL",
+                   b"::", b"+VERS-", b"GROUP-", b"NONE", b"NORMAL", b"CIPHER-ALL",
+                   b"AES-256-GCM", b"TLS1.3", b"A" * 300)
+
+
+def test_mutated_priorities():
+    """A plan that can be used, or ConfigError of one line; in time that grows with the text."""
+    problems = []
+    for number in range(PRIORITY_CASES):
+        chance = random.Random("priority %d" % number)
+        text = ":".join(chance.sample(PRIORITIES, chance.choice((1, 1, 2)))).encode()
+        text = mutate(text, chance, PRIORITY_TOKENS).decode("utf-8",
+                                                            chance.choice(("replace", "surrogateescape")))
+        try:
+            plan = httpd.tls_priority(text)
+            assert plan.versions and (plan.ciphers or plan.suites13)
+        except httpd.ConfigError as error:
+            if "\n" in str(error) or not str(error).startswith("tls_ciphers"):
+                problems.append("case %d: %r: %r" % (number, text, str(error)))
+        except Exception as problem:
+            problems.append("case %d: %r: %r" % (number, text, problem))
+    fail_with(problems)
+
+
+CONFIGURATION = b"""# what an operator writes
+[httpd]
+ip = 127.0.0.1
+port = 8000
+max_connections = 100     ; at a time
+conn_timeout = "2.5"
+tls_ciphers = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+tls_cert_file = "/tmp/a \\"b\\".pem"
+
+loadmodule "/usr/lib/opensips/modules/mi_http.so"
+modparam("mi_http", "root", "mi")
+modparam( "httpd" , "post_buf_size", 4096 );
+[a_module_that_nobody_has]
+name = value
+"""
+CONFIGURATION_TOKENS = (
+    b"[httpd]\n", b"[mi_http]\n", b"[http]\n", b"[no_such_module]\n", b"[.]\n", b"[..x]\n", b"[a.b.c]\n",
+    b"[ ]\n", b"[]\n", b"[x", b"]", b'"', b"'", b"\\", b"=", b"\n", b"\r",
+    b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\x0b", b"\x85", b" ", b"\t", b"#", b";",
+    b"port = 1\n", b"port = 99999999999999999999\n", b"port = 1e3\n",
+    b"prot = 1\n", b"ip = ::1%lo\n", b"ip = \xd9\xa3\n", b"memory_budget = 999999999999999\n",
+    b"memory_budget = 1\n", b"buf_size = 999999999999999\n", b"conn_timeout = nan\n",
+    b"conn_timeout = inf\n", b"conn_timeout = -1\n", b"max_header_size = 0\n", b'modparam("httpd"',
+    b'modparam("x", "y", "z")\n', b'loadmodule ""\n', b'loadmodule "httpd.so"\n',
+    b'loadmodule "mi_http.so"\n', b"%s%d%(x)s{0}", b"tls_ciphers = NONE\n", b"tls_key_file = /dev/null\n",
+    b"tls_ca_file = x\n", b"mi_http_root = \"mi\"\n", b"root = a/b\n",
+    b"root = \n", b"threads = 0\n", b"x" * 3000,
+)
+
+
+def test_mutated_configurations(tmp_path, monkeypatch):
+    """Only ConfigError, each line of which says where; what is taken makes a server, or ConfigError again."""
+    problems = []
+    path = str(tmp_path / "mutated.cfg")
+    where = re.compile(re.escape(path) + r"(:[0-9]+)?: |-o [^\n]*: |httpd: ")
+    for number in range(CONFIG_CASES):
+        chance = random.Random("configuration %d" % number)
+        for name in ("params", "roots", "places"):
+            if hasattr(httpd, name):
+                monkeypatch.setattr(httpd, name, {})
+        monkeypatch.setattr(httpd, "loaded", [])
+        text = CONFIGURATION
+        if chance.random() < 0.7:
+            text = text.replace(b"[a_module_that_nobody_has]\nname = value\n", b"")
+        if number < len(CONFIGURATION_TOKENS):      # at first each token once, where it is read as a line
+            text = b"[httpd]\nport = 0\n" + CONFIGURATION_TOKENS[number] + b"\n"
+        else:
+            text = mutate(text, chance, CONFIGURATION_TOKENS)
+        text = text.replace(b"tls_cert_file", b"#") if chance.random() < 0.7 else text
+        with open(path, "wb") as file:
+            file.write(text)
+        overrides = chance.choice(([], [], ["port=0"], ["prot=1"], ["=1"], ["mi_http.root=\ud800"], ["a.b=c"],
+                                   [".=", "x"]))
+        loading = True
+        if number < len(CONFIGURATION_TOKENS):
+            overrides = []
+        try:
+            httpd.load_config(path, overrides)
+            loading = False
+            httpd.Server(port=0)
+        except httpd.ConfigError as error:
+            for line in str(error).split("\n"):
+                match = where.match(line)
+                if not match or loading and match[0] == "httpd: ":
+                    problems.append("case %d: a line that does not say where: %r\n    %r"
+                                    % (number, line, text))
+        except BaseException as problem:
+            problems.append("case %d: %r, %s\n    %r %r"
+                            % (number, problem, "load_config" if loading else "Server", overrides, text))
+    fail_with(problems)
+
+
+CALLS = (
+    b'{"jsonrpc":"2.0","method":"add","params":[1,2],"id":1}',
+    b'{"jsonrpc":"2.0","method":"add","params":{"a":1,"b":"2"},"id":"x"}',
+    b'{"jsonrpc": "2.0", "method": "same", "params": {"value": [null, "\\ud83d\\ude00", 1.5e3]}, "id": null}',
+    b'{"jsonrpc":"2.0","method":"fails","id":-7}',
+    b'{"jsonrpc":"2.0","method":"refuses","id":1.5}', b'{"jsonrpc":"2.0","method":"no_json","id":""}',
+    b'{"jsonrpc":"2.0","method":"later","params":[3],"id":4}',
+    b'{"jsonrpc":"2.0","method":"same","params":["notification"]}',
+    b'{"jsonrpc":"2.0","method":"which","id":12345678901234567890}',
+    b'{"jsonrpc":"2.0","method":"which","params":["add"],"id":8}',
+    b'{"jsonrpc":"2.0","method":"get_statistics","params":{"statistics":["all"]},"id":9}',
+    b'{"jsonrpc":"2.0","method":"nobody","id":10}', b'{"jsonrpc":"2.0","method":"exits","id":11}',
+    b'{"jsonrpc":"2.0","method":"version","params":[],"id":12}',
+)
+JSON_TOKENS = (
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"null", b"true", b"false", b"NaN", b"-Infinity",
+    b"1e999", b"-1e999", b"1E400", b"0", b"-", b"01", b"1.", b"\xff", b"\xef\xbb\xbf", b"\0",
+    b"\n", b"\\u0000", b"\\ud800", b'"id":true', b'"id":{}', b'"id":[]', b'"id":1e999', b',"id":2',
+    b'"jsonrpc":"1.0",', b'"method":5,', b'"params":null,', b'"params":5,',
+    b'"params":{"a":1,"a":2},', b'"params":{"self":1},', b'"params":{"a":[]},', b'"params":["\\ud800"],',
+    b"[" * 3000, b"{\"a\":" * 3000, b"9" * 5000, b"[1]", b"{}", b"[]", b'"x"',
+)
+
+
+def is_ident(value):
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def expected_idents(body):
+    """The ids that must come back, in order, and whether it is a batch, by the words of JSON-RPC."""
+    def refuse(text):
+        raise ValueError(text)
+
+    try:
+        calls = json.loads(body.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return [None], False
+    batch = isinstance(calls, list) and bool(calls)
+    idents = []
+    for call in calls if batch else [calls]:
+        if not isinstance(call, dict):
+            idents.append(None)
+            continue
+        named = isinstance(call.get("method"), str) and isinstance(call.get("params", []), (list, dict))
+        good = named and call.get("jsonrpc") == "2.0"
+        ident = call.get("id")
+        if "id" in call or not good:
+            idents.append(ident if is_ident(ident) else None)
+    return idents, batch
+
+
+def test_mutated_commands():
+    """The answer is JSON, an empty 202 or a 4xx; and every id comes back, in the order of the calls."""
+    def exits():
+        raise SystemExit
+
+    def refuses():
+        raise httpd.HTTPError(404, "no such thing: \ud800")
+
+    for name, function, threads in (
+        ("add", lambda a, b=5: a + b, False), ("same", lambda value: value, False),
+        ("fails", lambda: 1 / 0, False), ("exits", exits, False),
+        ("no_json", lambda: {1, 2}, False), ("refuses", refuses, False), ("later", lambda value: value, True),
+    ):
+        httpd.register_mi(name, function, threads=threads)
+    httpd.loadmodule("mi_http")
+    logging.getLogger("httpd").setLevel(logging.CRITICAL)
+    problems = []
+    server = httpd.Server(ip="127.0.0.1", port=0, receive_buf_size=65536)
+    for number in range(JSON_CASES):
+        chance = random.Random("json %d" % number)
+        calls = chance.sample(CALLS, chance.choice((1, 1, 2, 4)))
+        body = b"[" + b",".join(calls) + b"]" if len(calls) > 1 or chance.random() < 0.2 else calls[0]
+        if chance.random() < 0.9:
+            body = mutate(body, chance, JSON_TOKENS)
+        head = b"POST /mi HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        try:
+            reply, = split_replies(converse(server, [raw]))
+            assert reply.whole
+            check_command_reply(reply, *expected_idents(body))
+        except BaseException as problem:
+            problems.append("case %d: %s\n    %r" % (number, brief(problem), body[:600]))
+            with contextlib.suppress(BaseException):
+                server.stop(0)
+            server = httpd.Server(ip="127.0.0.1", port=0, receive_buf_size=65536)
+    server.stop(0)
+    logging.getLogger("httpd").setLevel(logging.NOTSET)
+    fail_with(problems)
+
+
+def check_command_reply(reply, idents, batch):
+    if 400 <= reply.status < 500:
+        return
+    if reply.status in (202, 204):
+        assert reply.content == b"" and not idents, ("an id got no answer", idents)
+        return
+    assert reply.status == 200, reply
+    answer = json.loads(reply.content)
+    assert isinstance(answer, list) == batch, ("a batch is an array", reply.content[:200])
+    answers = answer if batch else [answer]
+    assert all(one["jsonrpc"] == "2.0" and ("result" in one) != ("error" in one) for one in answers), answer
+    came = [one["id"] for one in answers]
+    assert [json.dumps(ident) for ident in came] == [json.dumps(ident) for ident in idents], ("ids", came,
+                                                                                              idents)
 
 
 # ------------------------------------------------------------------------------------------------------------- Budgets

@@ -99,7 +99,7 @@ __all__ = [
     "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi",
     "modparam", "loadmodule", "load_config",
     "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
-    "tls_priority", "tls_context", "TLSPlan"]
+    "tls_priority", "tls_context", "TLSPlan", "Spool", "observers"]
 log = logging.getLogger("httpd")
 
 
@@ -3440,11 +3440,11 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def run_once(self, timeout: Optional[float] = None) -> None:
-        """Wait for something to do, or `timeout` seconds, and do it; nothing once it has ended."""
+    def run_once(self, timeout: Optional[float] = None) -> bool:
+        """Wait for something to do, or `timeout` seconds, and do it. True once all is over."""
         loop = self._open()
         if loop is None:
-            return
+            return True
         if not self._claim(loop):
             raise RuntimeError(
                 "run_once() was called by what it runs: a handler must return; it is called "
@@ -3456,6 +3456,7 @@ class Server:
             loop.turning = False
         if self._drained():
             self._close()
+        return self._ended.is_set()
 
     def fileno(self) -> int:
         """The descriptor for another loop to watch for reading; -1 after stop()."""

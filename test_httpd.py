@@ -5452,6 +5452,16 @@ def test_greedy_ones_wait_their_turn(server):
         assert order.index("other") <= 32
 
 
+def test_run_once_says_when_all_is_over(server):
+    assert server.run_once(0) is False
+    with connect(server) as client:
+        client.sendall(get())
+        assert answers(pump(server, client)[0])[0].status == 200
+        server.call_later(0, lambda: server.stop(5))
+        wait_for(lambda: server.run_once(0.01), None)
+        assert client.recv(10) == b"" and server.run_once(0) is True
+
+
 def test_run_once_in_a_handler_is_an_error(server):
     told = []
 
@@ -7226,7 +7236,7 @@ def test_layout_of_the_repository():
 
 def test_readme_names_everything_public():
     for name in httpd.__all__:
-        assert getattr(httpd, name) and "`%s" % name in README, name
+        assert hasattr(httpd, name) and "`%s" % name in README, name
     for rows_of_module in httpd.PARAMETERS.values():
         for row in rows_of_module:
             assert (

@@ -38,7 +38,8 @@ spool or descriptors are short, whoever is furthest behind his time gives way (S
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
 block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
 the connections and the time. A server lives in one thread; stop(), resume() and reload_tls() are
-for any. """
+for any.
+"""
 from __future__ import annotations
 
 import errno
@@ -1664,7 +1665,8 @@ class Disk:
     """The temporary files of a server: `size` bytes together at most, and never more than is free.
 
     `spare` says how many bytes may be held in memory instead; `make_room` closes somebody who is
-    behind and holds what is short, and says whether there was one. """
+    behind and holds what is short, and says whether there was one.
+    """
 
     def __init__(self, size: int, spare: Callable[[], int],
                  make_room: Callable[[OSError], bool]) -> None:
@@ -1732,8 +1734,7 @@ class Disk:
 
 
 class Spool:
-    """Bytes that have to be kept: in memory while they are few, else in a file that nobody else can
-    open.
+    """Bytes to be kept: in memory while they are few, else in a file that nobody else can open.
 
     `disk`: the server's, see Request.disk. `few`: bytes. OSError: no descriptor, no room, a disk
     that fails; what was there stays. It is closed with its last reference. One thread at a time.
@@ -1765,15 +1766,21 @@ class Spool:
     def _leave_memory(self) -> None:
         assert isinstance(self.file, io.BytesIO)
         file = self.disk.open()
-        if self.size:
-            self._append(file, self.file.getbuffer())
+        self._append(file, self.file.getbuffer())
         self.file = file
 
     def _append(self, file: io.FileIO, data: memoryview) -> None:
         self.disk.reserve(len(data))
+        rest, before = data, file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+        except OSError:                     # the disk is full after all: as if it had not begun
+            file.truncate(before)
+            file.seek(before)
+            self.disk.give_back(len(data))
+            raise
         self.reserved += len(data)
-        while data:
-            data = data[file.write(data):]
 
     def read(self, at: int, size: int) -> bytes:
         """At most so many bytes from this place on."""
@@ -1923,7 +1930,8 @@ def blame(error: BaseException, request: Request) -> HTTPError:
 
     SystemExit and CancelledError are answered too: no client may end the server. KeyboardInterrupt
     is raised again, and whatever happens in a process that the callback has forked: that serves
-    nobody. """
+    nobody.
+    """
     if isinstance(error, KeyboardInterrupt) or not request._connection.server.is_ours():
         raise error
     head = request._head
@@ -2141,16 +2149,10 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     request = route(head, connection)
     root, handler = request._root, request._handler
     limit: float = params.post_buf_size if fields.form else params.receive_buf_size
-    upload = (
-        root.upload is not None
-        and handler is not answer_options
-        and type(handler) is not Refusal)
-    if (
-        not upload
-        and not fields.expect
-        and 0 < length <= limit
-        and length <= len(connection.received)
-    ):
+    answers = type(handler) is not Refusal and handler is not answer_options
+    upload = answers and root.upload is not None
+    here = min(limit, len(connection.received))
+    if not upload and not fields.expect and 0 < length <= here:
         request.body = connection.received[:length]
         connection.received = connection.received[length:]
         return request
@@ -2188,8 +2190,7 @@ def find_head(connection: Connection, data: bytes) -> tuple[int, int]:
 
 
 class Connection:
-    """One socket and what is under way on it. `state` is the function that runs next: True to go
-    on, False to wait.
+    """One socket and what is under way on it. `state` runs next: True to go on, False to wait.
 
         with TLS: greet > shake_hands ──> idle
         idle ──> receive_head ──> serve ──> idle       the next request is not here yet
@@ -4158,7 +4159,8 @@ class Pool:
     """A few threads for what takes long, and a queue of at most `waiting` jobs before them.
 
     The threads start when there is work, again in a forked process, and do not keep the program
-    from ending. """
+    from ending.
+    """
 
     def __init__(self, size: int, waiting: int = POOL_WAITING) -> None:
         self.size = size
@@ -4631,7 +4633,8 @@ class WSGIResponse:
         """Run the application, with context variables of its own: Flask keeps there who is asking,
         and others have a turn between the pieces. `written`: what write() has been given.
 
-        The iterable is closed however this ends, be it with its last reference. """
+        The iterable is closed however this ends, be it with its last reference.
+        """
         run = copy_context().run
         result = None
         try:
@@ -4675,7 +4678,8 @@ class Handover:
     """An iterator of pieces that another thread makes. As long as the next one is not there: b"".
 
     What the client has not taken waits in memory if it is little, then in a file, so that a
-    response which is not too large leaves its thread to others. """
+    response which is not too large leaves its thread to others.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request: Optional[Request] = request

@@ -5360,6 +5360,22 @@ def test_an_answer_that_would_find_no_room_is_refused_before_its_first_byte(far_
     server.stop(0)
 
 
+class FullDisk:
+    """A file of which half of a piece can be written."""
+
+    def __init__(self, real):
+        self.real, self.calls = real, 0
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def write(self, data):
+        self.calls += 1
+        if self.calls > 1:
+            raise OSError(errno.ENOSPC, "full")
+        return self.real.write(data[:10])
+
+
 def test_a_spool_moves_from_memory_to_a_file():
     disk = httpd.Disk(1000, lambda: 100, lambda error: False)
     spool = httpd.Spool(disk, few=50)
@@ -5367,11 +5383,18 @@ def test_a_spool_moves_from_memory_to_a_file():
     assert (spool.in_memory, disk.used) == (50, 0) and spool.read(10, 5) == b"aaaaa"
     spool.write(b"b" * 51)
     assert (spool.in_memory, disk.used, spool.size) == (0, 101, 101)
-    assert spool.read(49, 3) == b"abb" and spool.reader().read() == b"a" * 50 + b"b" * 51
+    assert spool.read(49, 3) == b"abb"
     with pytest.raises(OSError, match="spool_size 1000 is used up"):
         spool.write(b"c" * 900)
-    assert spool.size == 101 and disk.used == 101
-    del spool
+    file, spool.file = spool.file, FullDisk(spool.file)
+    with pytest.raises(OSError, match="full"):
+        spool.write(b"d" * 20)
+    spool.file = file
+    spool.write(b"e")
+    assert spool.read(99, 10) == b"bbe" and disk.used == 102
+    assert spool.reader().read() == b"a" * 50 + b"b" * 51 + b"e"
+    assert spool.size == 102 and disk.used == 102
+    del spool, file
     assert disk.used == 0
 
 

@@ -2445,7 +2445,10 @@ class Connection:
                     answers = bytearray()
                 answers += piece
                 left -= 1
-                if self.state is not proceed or left == 0 or len(answers) > RECEIVE_SIZE:
+                if left == 0 and self.state is proceed:
+                    self.state = let_others     # who sends many requests at once waits his turn
+                    server.loop.greedy.append(self)
+                if self.state is not proceed or len(answers) > RECEIVE_SIZE:
                     break
                 data = self.received
                 end_of_head = data.find(b"\r\n\r\n") + 4
@@ -2460,10 +2463,7 @@ class Connection:
             if answers:
                 answers += self.out                     # a 100 (Continue) for the next one
                 self.out = memoryview(answers)
-        if self.state is proceed and left == 0:
-            self.state = let_others                 # who sends many requests at once waits his turn
-            server.loop.greedy.append(self)
-        return STATES[self.state].waits_for == 0
+        return self.state is not idle and STATES[self.state].waits_for == 0
 
     def next_request(self) -> Optional[Request]:
         """Take the next request out of what has been received; None: it is not whole."""

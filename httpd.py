@@ -1651,13 +1651,12 @@ SPOOL_PIECE = 2**18         # bytes that are read back at a time
 def is_memory(directory: str) -> bool:
     """Whether a directory lies in a file system that is memory itself."""
     best, kind = "", ""
-    with suppress(OSError):
-        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
-            for line in mounts:
-                _, place, found, *_ = line.split(" ")
-                inside = os.path.commonpath([place, directory]) == place
-                if inside and len(place) >= len(best):
-                    best, kind = place, found
+    with suppress(OSError), open("/proc/self/mounts", errors="replace") as mounts:
+        for line in mounts:
+            _, place, found, *_ = line.split(" ")
+            inside = os.path.commonpath([place, directory]) == place
+            if inside and len(place) >= len(best):
+                best, kind = place, found
     return kind in ("tmpfs", "ramfs")
 
 

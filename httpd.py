@@ -190,10 +190,7 @@ def check_root(text: str) -> None:
 # By Parameter.kind: raises ValueError, which says what a text must be. The section TLS adds
 # "priority".
 checks: dict[str, Callable[[str], object]] = {
-    "text": str,
-    "address": check_address,
-    "root": check_root,
-}
+    "text": str, "address": check_address, "root": check_root}
 
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
@@ -341,11 +338,9 @@ class Limits:
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
-    """Load a module of this file (`mi_http`), or a Python module, whose `mod_init(params)` gets its
-    parameters, a dict.
+    """Load a module of this file, or a Python module, whose `mod_init(params)` gets a dict.
 
-    `mi_http.so`, as OpenSIPS writes it, is taken too. ConfigError, also if it is loaded. Main
-    thread, at start.
+    `mi_http.so`, as OpenSIPS writes it, is taken too. ConfigError, also if it is loaded.
     """
     name = module_name(name)
     for key, value in parameters.items():
@@ -451,11 +446,9 @@ def read_override(text: str) -> Setting:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
-    """Read a configuration: set its parameters, then `overrides` (name=value, module.name=value),
-    load its modules.
+    """Read a configuration: set its parameters, then `overrides`, and load its modules.
 
-    ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread, at
-    start.
+    ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread.
     """
     problems: list[str] = []
     settings = read_config(path, problems)
@@ -701,12 +694,8 @@ MULTIPART = "multipart/form-data"
 # RFC 9110, 5.6.6: the parameters behind a media type or a disposition.
 PARAMETER = re.compile(
     "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")")
-CERT_NAMES = {
-    "commonName": "CN",
-    "organizationName": "O",
-    "organizationalUnitName": "OU",
-    "countryName": "C",
-}
+CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU",
+              "countryName": "C"}
 
 
 def require(condition: Any, status: int, reason: str) -> None:
@@ -788,7 +777,8 @@ def describe_subject(subject: Any) -> str:
 class Request:
     """What the client asks for. Only `state` is the handler's own. For the server's thread."""
 
-    __slots__ = ("state", "body", "_connection", "_head", "_root", "_handler", "_form", "_resumed")
+    __slots__ = ("state", "body", "_connection", "_head", "_root", "_handler", "_form", "_resumed",
+                 "__weakref__")
 
     def __init__(self, connection: Connection, head: Head, root: Root, handler: AccessHandler,
                  body: bytes) -> None:
@@ -1055,6 +1045,7 @@ EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")
 CHUNKED = -1            # beside a Content-Length of 0 or more
 UNTIL_CLOSE = -2        # the content ends with the connection: only for what goes out to HTTP/1.0
 MAX_FIELDS = 128
+BAD_SIZE = "malformed chunk size or extension, or too long"
 # RFC 9110, 6.5.1: fields that frame, route or authenticate a message may not come behind it.
 NO_TRAILERS = frozenset("""
     authorization cache-control connection content-encoding content-length content-range
@@ -1318,8 +1309,8 @@ BEGINNING_PATTERNS = {place: re.compile(row[0]) for place, row in BEGINNINGS.ite
 class Beginning:
     """The beginning of a head, or of a trailer section, that is not whole yet.
 
-    A byte after which it can no longer become one is refused at once, not when its line ends. What
-    has been found good is not looked at again: a byte costs the same, wherever it comes.
+    A byte after which it can no longer become one is refused at once. What has been found good is
+    not looked at again: a byte costs the same, wherever it comes.
     """
     __slots__ = ("place", "at", "searched")
 
@@ -1400,12 +1391,10 @@ class SizedContent:
 
 
 class ChunkedContent:
-    """The content of a request in chunks (RFC 9112, 7.1): takes the coding off and hands it to
-    `write`.
+    """The content of a request in chunks (RFC 9112, 7.1): takes the coding off, for `write`.
 
     413 as soon as it is over `limit` bytes. `overhead`: bytes that the chunk extensions, and the
-    trailer section, may have. Like a connection it has a step that runs next: True to go on, False
-    to wait.
+    trailer section, may have. A step runs next: True to go on, False to wait.
     """
 
     __slots__ = (
@@ -1422,7 +1411,7 @@ class ChunkedContent:
         self.left = 0                       # bytes of this chunk to come
         self.good = 0                       # bytes of its size line that have been found good
         self.trailers = Beginning(AT_LINE)
-        self.step = self._read_size
+        self.step: Callable[[ChunkedContent], bool] = ChunkedContent._read_size
         self.whole = False
 
     @property
@@ -1432,7 +1421,7 @@ class ChunkedContent:
     def feed(self, data: bytes) -> Optional[bytes]:
         """As that of SizedContent."""
         self.data += data
-        while self.step():
+        while self.step(self):
             pass
         return bytes(self.data) if self.whole else None
 
@@ -1443,23 +1432,23 @@ class ChunkedContent:
             if self.good >= 18:
                 start, pattern = self.good - 1, CHUNK_LINE_REST
             begun = pattern.fullmatch(self.data, start)
-            require(begun, 400, "malformed chunk size or extension")
+            require(begun, 400, BAD_SIZE)
             self.good = len(self.data)
-            require(len(self.data) <= self.overhead + 17, 400, "the chunk extensions are too long")
+            require(len(self.data) <= self.overhead + 17, 400, BAD_SIZE)
             return False
         match = CHUNK_LINE.match(self.data)
         if match is None:
-            raise HTTPError(400, "malformed chunk size or extension")
+            raise HTTPError(400, BAD_SIZE)
         self.left = int(match[1], 16)
         self.overhead -= len(match[2])
-        require(self.overhead >= 0, 400, "the chunk extensions are too long")
+        require(self.overhead >= 0, 400, BAD_SIZE)
         self.good = 0
         self.limit -= self.left
         require(self.limit >= 0, 413, self.too_large)
         del self.data[:end + 2]
-        self.step = self._read_data
+        self.step = ChunkedContent._read_data
         if self.left == 0:
-            self.step = self._read_trailers
+            self.step = ChunkedContent._read_trailers
         return True
 
     def _read_data(self) -> bool:
@@ -1470,7 +1459,7 @@ class ChunkedContent:
             del self.data[:len(piece)]
         if self.left:
             return False
-        self.step = self._read_end_of_data
+        self.step = ChunkedContent._read_end_of_data
         return True
 
     def _read_end_of_data(self) -> bool:
@@ -1478,7 +1467,7 @@ class ChunkedContent:
         if len(self.data) < 2:
             return False
         del self.data[:2]
-        self.step = self._read_size
+        self.step = ChunkedContent._read_size
         return True
 
     def _read_trailers(self) -> bool:
@@ -1533,12 +1522,10 @@ def weight(value: Any) -> int:
 
 
 class Memo:
-    """Values by bytes, in two generations, of at most `size` bytes together. What is not there is
-    None.
+    """Values by bytes, in two generations, of at most `size` bytes together. None: not there.
 
     What comes for the second time is remembered. A full young generation becomes the old one, and
-    what is asked for again comes back from there: heads that never come again leave only a hash,
-    and cannot push out those that do.
+    what is asked for again comes back: what never comes again leaves only a hash.
     """
 
     def __init__(self, size: int) -> None:
@@ -1661,14 +1648,10 @@ def is_memory(directory: str) -> bool:
 
 
 class Disk:
-    """The temporary files of a server: `size` bytes together at most, and never more than is free.
-
-    `spare` says how many bytes may be held in memory instead; `make_room` closes somebody who is
-    behind and holds what is short, and says whether there was one.
-    """
+    """The temporary files of a server: `size` bytes together, and never more than is free."""
 
     def __init__(self, size: int, spare: Callable[[], int],
-                 make_room: Callable[[OSError], bool]) -> None:
+                 make_room: Callable[[OSError, Any], bool]) -> None:
         self.directory = os.path.realpath(os.environ.get("TMPDIR") or "/var/tmp")
         self.size = size
         self.spare = spare
@@ -1695,7 +1678,6 @@ class Disk:
                 self.directory)
 
     def look(self) -> None:
-        """Ask the system what is free."""
         try:
             found = os.statvfs(self.directory)
             self.free = found.f_bavail * found.f_frsize
@@ -1714,18 +1696,20 @@ class Disk:
     def reserve(self, size: int) -> None:
         """Take so many bytes. OSError: there is no room for them."""
         with self.lock:
-            if not self.has_room(size):
-                raise OSError(
-                    errno.ENOSPC, "spool_size %d is used up, or the disk is full" % self.size)
-            self.used += size
-            self.free -= size
+            taken = self.has_room(size)
+            if taken:
+                self.used += size
+                self.free -= size
+        if not taken:
+            text = "spool_size %d is used up, or the disk is full" % self.size
+            raise OSError(errno.ENOSPC, text)
 
     def give_back(self, size: int) -> None:
         with self.lock:
             self.used -= size
+            self.free += size
 
     def complain(self, error: OSError) -> None:
-        """Say once that something could not be kept."""
         if not self.failing:
             self.failing = True
             log.warning(
@@ -1735,8 +1719,8 @@ class Disk:
 class Spool:
     """Bytes to be kept: in memory while they are few, else in a file that nobody else can open.
 
-    `disk`: the server's, see Request.disk. `few`: bytes. OSError: no descriptor, no room, a disk
-    that fails; what was there stays. It is closed with its last reference. One thread at a time.
+    `disk`: see Request.disk. OSError: no descriptor, no room, a disk that fails; what was there
+    stays. It is closed with its last reference. One thread at a time.
     """
 
     def __init__(self, disk: Disk, few: int = 2**17) -> None:
@@ -1797,7 +1781,7 @@ class Spool:
     def close(self) -> None:
         self.file.close()
         self.disk.give_back(self.reserved)
-        self.reserved = 0
+        self.size = self.reserved = 0
 
     def __del__(self) -> None:
         self.close()
@@ -1928,8 +1912,7 @@ def blame(error: BaseException, request: Request) -> HTTPError:
     """The answer to a callback's exception. All but a sound HTTPError is logged.
 
     SystemExit and CancelledError are answered too: no client may end the server. KeyboardInterrupt
-    is raised again, and whatever happens in a process that the callback has forked: that serves
-    nobody.
+    is raised again, and all in a process that the callback has forked.
     """
     if isinstance(error, KeyboardInterrupt) or not request._connection.server.is_ours():
         raise error
@@ -2261,12 +2244,13 @@ class Connection:
         """
         if self.state is closed:
             return False
-        exchange = self.exchange
-        streams = exchange is not None and exchange.stream is not None
-        if exchange is not None and streams:
+        exchange, streams = self.exchange, False
+        if exchange is not None:
+            exchange.decoder = None             # they would keep each other alive
+            streams = exchange.stream is not None
             self.unreported += exchange.responses()
             # To HTTP/1.0 an orderly end would be the content's.
-            reset = reset or exchange.request.version == "HTTP/1.0"
+            reset = reset or streams and exchange.request.version == "HTTP/1.0"
         if not cut and not reset and not streams:
             say_goodbye(self)
         if reset:
@@ -2282,12 +2266,6 @@ class Connection:
         self.state = closed
         self.server.forget(self)
         return False
-
-    def proceed(self) -> None:
-        """The others have had their turn."""
-        if self.state is let_others:
-            self.state = proceed
-            self.turn()
 
     def is_closed(self) -> bool:
         return self.state is closed
@@ -2317,11 +2295,9 @@ class Connection:
             self.turn()
 
     def is_over(self) -> bool:
-        """There is nothing left that a server that stops would have to wait for."""
         return not self.out and STATES[self.state].at_stop is OVER
 
     def is_silent(self) -> bool:
-        """Nothing has come yet."""
         return not self.out and STATES[self.state].patience == 0
 
     def leave(self, size: int) -> None:
@@ -2379,6 +2355,7 @@ class Connection:
         request = None
         if self.exchange is not None:
             request = self.exchange.request
+            self.exchange.decoder = None
             to_head = request.method == "HEAD"
         else:
             to_head = self.received.startswith(b"HEAD ", end_of_empty_lines(self.received))
@@ -2408,7 +2385,7 @@ class Connection:
         if status == SUSPEND and isinstance(status, int):
             return self.suspend(request)
         if page.end > self.server.sure:
-            self.server.find_room(page.end, request, self)
+            find_room(self.server, page.end, request, self)
         status = checked_status(status)
         if status in (204, 205, 304):       # RFC 9110, 15.3.5, 15.3.6, 15.4.5: no content
             page.end = HEADROOM
@@ -2447,7 +2424,7 @@ class Connection:
                 if left == 0 and self.state is proceed:
                     self.state = let_others     # who sends many requests at once waits his turn
                     server.loop.greedy.append(self)
-                if self.state is not proceed or len(answers) > RECEIVE_SIZE:
+                if self.state is not proceed or len(answers) > min(RECEIVE_SIZE, server.sure):
                     break
                 data = self.received
                 end_of_head = data.find(b"\r\n\r\n") + 4
@@ -2563,6 +2540,8 @@ class Connection:
         if self.out is NOTHING:
             return
         server = self.server
+        if self.state is let_others:            # its turn comes when this has left
+            self.state = proceed
         if len(self.out) > server.spare():
             self.unsent = server.keep(self)
         if self.unsent is not None:
@@ -2680,6 +2659,12 @@ def proceed(connection: Connection) -> bool:
 def let_others(connection: Connection) -> bool:
     """More has been received, and much has been answered: an event changes nothing."""
     return False
+
+
+def have_turn(connection: Connection) -> None:
+    if connection.state is let_others:
+        connection.state = proceed
+        connection.turn()
 
 
 def receive(connection: Connection) -> bytes:
@@ -3204,9 +3189,22 @@ TURNED_AWAY = 16                # connections over the limit, which are being to
 HOLDERS: dict[str, Callable[[Connection], Any]] = {
     "descriptors": lambda connection: True,
     "memory": lambda connection: connection.held,
-    "spool": lambda connection: connection.unsent,
+    "spool": lambda connection: connection.unsent or connection.exchange,
     "output": lambda connection: connection.held and connection.is_sending(),
 }
+
+
+def find_room(server: Server, size: int, request: Request, asking: Connection) -> None:
+    """HTTPError, if a socket that takes nothing of the answer would leave it without room."""
+    while not server.disk.has_room(size) and server.held + size > server.params.held_size:
+        if not server._make_room("spool", asking) and not server._make_room("output", asking):
+            break
+    else:
+        return
+    if request.method in ("GET", "HEAD"):
+        raise HTTPError(
+            503, "no room is left for the answer, see spool_size", {"Retry-After": "1"})
+    raise HTTPError(500, "done, but the answer cannot be sent: no room is left, see spool_size")
 
 
 class Candidates:
@@ -3250,9 +3248,10 @@ class Server:
     reload_tls() are for any thread.
     """
     __slots__ = (
-        "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
-        "disk", "sure", "shortages", "turned_away", "keep_alive", "now", "stopping", "_loop",
-        "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
+        "params", "transport", "heads", "responses", "connections", "held", "requests",
+        "accepted", "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive",
+        "now", "stopping", "_loop", "_address", "_thread", "_life", "_ended", "_stop_at",
+        "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)
@@ -3272,6 +3271,7 @@ class Server:
         self.sure = HEADROOM + self.spare()  # an answer that ends before there finds room
         self.shortages = {kind: Candidates(holds) for kind, holds in HOLDERS.items()}
         self.now = time.monotonic()             # when this turn began
+        self.evicting = False                   # somebody is giving way just now
         self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
@@ -3306,18 +3306,6 @@ class Server:
                 return False
         return True
 
-    def find_room(self, size: int, request: Request, asking: Connection) -> None:
-        """HTTPError, if a socket that takes nothing of the answer would leave it without room."""
-        while not self.disk.has_room(size) and self.held + size > self.params.held_size:
-            if not self._make_room("spool", asking) and not self._make_room("output", asking):
-                break
-        else:
-            return
-        if request.method in ("GET", "HEAD"):
-            raise HTTPError(
-                503, "no room is left for the answer, see spool_size", {"Retry-After": "1"})
-        raise HTTPError(500, "done, but the answer cannot be sent: no room is left, see spool_size")
-
     def keep(self, connection: Connection) -> Optional[Unsent]:
         """Put what a connection has to send into a file; None: there is no room."""
         while True:
@@ -3331,15 +3319,24 @@ class Server:
     def _make_room_for(self, error: OSError, asking: Optional[Connection] = None) -> bool:
         """Close somebody who holds what an error says is short. False: there is nobody."""
         kind = "descriptors" if error.errno in (errno.EMFILE, errno.ENFILE) else "spool"
+        if kind == "descriptors" and self.loop.closing:
+            self.loop.close_some()
+            return True
         return self._make_room(kind, asking)
 
     def _make_room(self, kind: str, asking: Optional[Connection] = None) -> bool:
         """Have whoever is furthest behind his time give way, of those who hold what is short."""
+        if self.evicting:                       # by somebody who gives way himself
+            return False
         victim = self.shortages[kind].furthest(self.connections, self.now, asking)
         if victim is None:
             return False
         log.debug("%s: closed, %s is short", victim.peer, kind)
-        give_way(victim, politely=kind == "memory")
+        self.evicting = True
+        try:
+            give_way(victim, politely=kind == "memory")
+        finally:
+            self.evicting = False
         return True
 
     def _has_place(self) -> bool:
@@ -3501,11 +3498,9 @@ class Server:
         return self._address
 
     def watch(self, file: Any, callback: Callable[[], Any], events: int = READ) -> Watch:
-        """Have the loop call `callback` when `file` is ready: `events` of selectors.EVENT_READ and
-        EVENT_WRITE.
+        """Call `callback` when `file` is ready for READ or WRITE, until close() of the result.
 
-        Ends with close() of what is returned, or with the server. For the server's thread, or
-        before it serves.
+        For the server's thread, or before it serves.
         """
         self._open()
         watch = Watch(self.loop, file, callback)
@@ -3604,7 +3599,7 @@ class Server:
         """Answer more to those who have sent much, for a while."""
         end = time.monotonic() + GREEDY_TIME
         while loop.greedy and time.monotonic() < end:
-            loop.greedy.popleft().proceed()
+            have_turn(loop.greedy.popleft())
 
     def _go_on(self, mailbox: Mailbox) -> None:
         """Have those requests called again that have been resumed."""
@@ -3623,8 +3618,7 @@ class Server:
             connection.expire()
         if len(late) > EXPIRE_BATCH:            # a pause of 1 ms, then others have a turn
             self._next_tick = self.now
-        if self.disk.used:
-            self.disk.look()
+        self.disk.look()
         loop.set_accepting(not self.stopping, self._accept)
 
     def _accept(self) -> None:
@@ -3720,32 +3714,21 @@ SECURE = {
     "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM "
               "AES-128-GCM AES-128-CBC AES-128-CCM",
 }
-SECURE256 = {
-    "CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM",
-    "MAC": "AEAD",
-    "GROUP": "SECP384R1 SECP521R1 FFDHE8192",
-}
-SUITEB192 = {
-    "VERS": "TLS1.2",
-    "CIPHER": "AES-256-GCM",
-    "MAC": "AEAD",
-    "KX": "ECDHE-ECDSA",
-    "GROUP": "SECP384R1",
-}
+SECURE256 = {"CIPHER": "AES-256-GCM CHACHA20-POLY1305 AES-256-CBC AES-256-CCM", "MAC": "AEAD",
+             "GROUP": "SECP384R1 SECP521R1 FFDHE8192"}
+SUITEB192 = {"VERS": "TLS1.2", "CIPHER": "AES-256-GCM", "MAC": "AEAD", "KX": "ECDHE-ECDSA",
+             "GROUP": "SECP384R1"}
 # What each level has instead, but for the signatures: Python's ssl cannot set them.
 LEVELS: dict[str, dict[str, str]] = {
-    "NORMAL": {},
-    "LEGACY": {},
+    "NORMAL": {}, "LEGACY": {},
     "PFS": {"KX": "ECDHE-ECDSA ECDHE-RSA DHE-RSA"},
     "PERFORMANCE": {
         "KX": "RSA ECDHE-ECDSA ECDHE-RSA DHE-RSA",
         "CIPHER": "AES-128-GCM AES-256-GCM CHACHA20-POLY1305 AES-128-CCM AES-256-CCM "
                   "AES-128-CBC AES-256-CBC",
     },
-    "SECURE": SECURE,
-    "SECURE128": SECURE,
-    "SECURE192": SECURE256,
-    "SECURE256": SECURE256,
+    "SECURE": SECURE, "SECURE128": SECURE,
+    "SECURE192": SECURE256, "SECURE256": SECURE256,
     "SUITEB192": SUITEB192,
     "SUITEB128": {**SUITEB192, "CIPHER": "AES-256-GCM AES-128-GCM", "GROUP": "SECP256R1 SECP384R1"},
 }
@@ -3764,13 +3747,9 @@ SUITES13 = {                            # in OpenSSL's order
     "CHACHA20-POLY1305": "TLS_CHACHA20_POLY1305_SHA256",
     "AES-128-GCM": "TLS_AES_128_GCM_SHA256",
 }
-CURVES = {                              # GnuTLS' name: OpenSSL's
-    "SECP256R1": "prime256v1",
-    "SECP384R1": "secp384r1",
-    "SECP521R1": "secp521r1",
-    "X25519": "X25519",
-    "X448": "X448",
-}
+# GnuTLS' name: OpenSSL's.
+CURVES = {"SECP256R1": "prime256v1", "SECP384R1": "secp384r1", "SECP521R1": "secp521r1",
+          "X25519": "X25519", "X448": "X448"}
 
 
 def keywords() -> dict[str, tuple[str, list[str]]]:
@@ -4157,8 +4136,7 @@ POOL_WAITING = 1000         # jobs that wait for a thread: more are refused
 class Pool:
     """A few threads for what takes long, and a queue of at most `waiting` jobs before them.
 
-    The threads start when there is work, again in a forked process, and do not keep the program
-    from ending.
+    They start when there is work, again in a forked process, and keep no program from ending.
     """
 
     def __init__(self, size: int, waiting: int = POOL_WAITING) -> None:
@@ -4178,12 +4156,12 @@ class Pool:
         """Have a thread do it. It sees to its own exceptions."""
         if self.pid != os.getpid():             # a fork copies no threads
             self._begin()
-        self.jobs.put(job)
         if self.started < self.size:
-            self.started += 1
             thread = threading.Thread(target=self._work, args=(self.jobs,), name="httpd-pool")
             thread.daemon = True
             thread.start()
+            self.started += 1
+        self.jobs.put(job)
 
     def _work(self, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
         while True:
@@ -4226,19 +4204,15 @@ _FLOAT = _INT + "([.][0-9]{1,17})?"
 NUMBERS = {int: _INT, "int": _INT, float: _FLOAT, "float": _FLOAT}
 STARTED = time.time()
 MI_BATCH = 100                          # calls in one batch
-TOO_MANY_CALLS = (
-    '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request","data":'
-    '"more than 100 calls in a batch"},"id":null}')
 PARSE_ERROR = '{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
 
 
 def register_mi(name: str, function: Callable[..., Any], *, threads: bool = False) -> None:
-    """Add an MI command: a function that returns what JSON can say. Its signature is the command's
-    parameter list.
+    """Add an MI command, a function that returns what JSON can say; its signature counts.
 
     Text for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog")
-    is an error of its own. With threads=True it runs in one of the few threads of mi_http, else in
-    the server's, and nobody else is served meanwhile. ConfigError: the name is taken. Any thread.
+    is the command's own error. With threads=True it runs in one of mi_http's threads, else nobody
+    else is served meanwhile. ConfigError: the name is taken. Any thread.
     """
     if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
         raise ConfigError(
@@ -4333,7 +4307,6 @@ def perform(call: Call, in_thread: bool = False) -> str:
 
 
 def refuse_call(call: Call, fault: dict[str, Any]) -> str:
-    """The response with an error object; empty for a notification."""
     if not call.answered:
         return ""
     return '{"jsonrpc":"2.0","error":%s,"id":%s}' % (encode_json(fault), call.ident)
@@ -4413,7 +4386,8 @@ def begin_mi(request: Request) -> Union[str, Batch]:
     except (ValueError, RecursionError):
         return PARSE_ERROR
     if isinstance(value, list) and len(value) > MI_BATCH:
-        return TOO_MANY_CALLS
+        fault = {"code": -32600, "message": "Invalid Request", "data": "more than 100 calls"}
+        return refuse_call(read_call(None), fault)
     if isinstance(value, list) and value:
         return Batch(request, [read_call(member) for member in value], False)
     call = read_call(value)
@@ -4483,11 +4457,8 @@ def mi_list_root_path() -> list[dict[str, str]]:
 
 
 def mi_uptime() -> dict[str, str]:
-    return {
-        "Now": time.ctime(),
-        "Up since": time.ctime(STARTED),
-        "Up time": "%d [sec]" % (time.time() - STARTED),
-    }
+    passed = time.time() - STARTED
+    return {"Now": time.ctime(), "Up since": time.ctime(STARTED), "Up time": "%d [sec]" % passed}
 
 
 def mi_ps() -> dict[str, list[dict[str, Any]]]:
@@ -4629,10 +4600,9 @@ class WSGIResponse:
 
     def pieces(self, app: Application, environ: dict[str, Any], content: Optional[Spool],
                written: Optional[Spool]) -> Generator[bytes, None, None]:
-        """Run the application, with context variables of its own: Flask keeps there who is asking,
-        and others have a turn between the pieces. `written`: what write() has been given.
+        """Run the application, with context variables of its own: Flask keeps there who is asking.
 
-        The iterable is closed however this ends, be it with its last reference.
+        `written`: what write() was given. The iterable is closed however this ends.
         """
         run = copy_context().run
         result = None
@@ -4674,15 +4644,14 @@ class WSGIResponse:
 
 
 class Handover:
-    """An iterator of pieces that another thread makes. As long as the next one is not there: b"".
+    """Pieces that another thread makes, as an iterator: b"" while the next is not there.
 
-    What the client has not taken waits in memory if it is little, then in a file, so that a
-    response which is not too large leaves its thread to others.
+    What the client has not taken waits in memory if it is little, else in a file.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request: Optional[Request] = request
-        self.disk = request.disk
+    def __init__(self, disk: Disk) -> None:
+        self.request: Optional[Request] = None      # while the application runs
+        self.disk = disk
         self.pid = os.getpid()
         self.changed = threading.Condition()
         self.queue: list[bytes] = []
@@ -4691,8 +4660,9 @@ class Handover:
         self.at = 0                                 # and how much of it has been taken
         self.end: Optional[BaseException] = None    # how the application has ended
 
-    def fill(self, request: Request, pieces: Generator[bytes, None, None]) -> None:
+    def fill(self, pieces: Generator[bytes, None, None], request: Request) -> None:
         """In the application's thread: hand over all pieces."""
+        self.request = request
         end: BaseException = StopIteration()
         try:
             with closing(pieces):
@@ -4725,7 +4695,7 @@ class Handover:
 
     def _take_in(self, piece: bytes) -> bool:
         """Keep a piece, if there is room for it."""
-        if self.spool is None and self.size <= AHEAD_SIZE:
+        if self.spool is None and self.size <= min(AHEAD_SIZE, self.disk.spare()):
             self.queue.append(piece)
             self.size += len(piece)
             return True
@@ -4747,7 +4717,7 @@ class Handover:
         self.queue.clear()
         self.size = 0
         if not piece and self.spool is not None:
-            piece = self.spool.read(self.at, SPOOL_PIECE)
+            piece = self.spool.read(self.at, max(4096, self.disk.spare()))
             self.at += len(piece)
             if self.at == self.spool.size:
                 self.spool = None
@@ -4768,39 +4738,69 @@ class Handover:
 class Running:
     """A request.state: the application runs, or has run."""
 
-    def __init__(self, response: WSGIResponse, pieces: Iterator[bytes]) -> None:
+    def __init__(self, response: WSGIResponse, pieces: Iterator[bytes],
+                 content: Optional[Spool]) -> None:
+        self.content = content
         self.response = response
         self.pieces = pieces
-        self.rest = memoryview(b"")                 # of the piece that is being sent
-        self.begin: Optional[Callable[[], None]] = None     # until a thread has begun
+        self.rest = memoryview(b"")                 # of the piece that is being sent,
+        self.spool: Optional[Spool] = None          # what of it is too large for memory,
+        self.at = 0                                 # and how much of that has been taken
+        self.begin: Optional[Callable[[Request], None]] = None     # until a thread has begun
+
+    def in_memory(self) -> int:
+        waiting: int = getattr(self.pieces, "size", 0)      # of a Handover
+        if self.content is not None:
+            waiting += self.content.in_memory
+        return len(self.rest) + waiting
+
+    def next_piece(self, size: int) -> Optional[bytes]:
+        if self.spool is None:
+            return next(self.pieces, None)
+        piece = self.spool.read(self.at, size)
+        self.at += len(piece)
+        if self.at == self.spool.size:
+            self.spool = None
+        return piece
+
+    def spool_rest(self, disk: Disk) -> None:
+        """Put what is left of a piece into a file; where there is no room, memory has to do."""
+        with suppress(OSError):
+            spool = Spool(disk, few=0)
+            spool.write(self.rest)
+            self.spool = spool
+            self.at = 0
+            self.rest = memoryview(b"")
 
 
 def flush_wsgi(request: Request, pos: int, buf: memoryview) -> int:
     """The flush_data_cb: as much of a piece as there is room for."""
     running: Running = request.state
     if not running.rest:
-        piece = next(running.pieces, None)
+        piece = running.next_piece(len(buf))
         if piece is None:
             return END
         running.rest = memoryview(piece)
     size = min(len(running.rest), len(buf))
     buf[:size] = running.rest[:size]
     running.rest = running.rest[size:]
+    if len(running.rest) > request.disk.spare():
+        running.spool_rest(request.disk)
+    request.kept = running.in_memory()
     return size
 
 
 class Job:
     """An application that waits for a thread. A client that goes takes along what waits for it."""
 
-    def __init__(self, running: Running) -> None:
-        self.running = weakref.ref(running)
+    def __init__(self, request: Request) -> None:
+        self.request = weakref.ref(request)
 
     def __call__(self) -> None:
-        running = self.running()
-        if running is not None and running.begin is not None:
-            begin, running.begin = running.begin, None
-            del running
-            begin()
+        request = self.request()
+        if request is not None and request.state.begin is not None:
+            begin, request.state.begin = request.state.begin, None
+            begin(request)
 
 
 class Mount:
@@ -4820,7 +4820,7 @@ class Mount:
                 request.state.write(data)
                 break
             except OSError as error:
-                if not request.disk.make_room(error):
+                if not request.disk.make_room(error, request._connection):
                     raise HTTPError(
                         503, "no room is left for the content, see spool_size", {"Retry-After": "1"}
                     ) from None
@@ -4832,6 +4832,7 @@ class Mount:
             request.state = self.begin(request, request.state)
         running = request.state
         piece = next(running.pieces, None)
+        request.kept = running.in_memory()
         if piece == b"":
             return SUSPEND
         running.rest = memoryview(piece or b"")
@@ -4846,13 +4847,14 @@ class Mount:
         if not self.threads:
             written = Spool(request.disk)
             response = WSGIResponse(to_head, written.write)
-            return Running(response, response.pieces(self.app, environ, content, written))
-        handover = Handover(request)
+            pieces = response.pieces(self.app, environ, content, written)
+            return Running(response, pieces, content)
+        handover = Handover(request.disk)
         response = WSGIResponse(to_head, handover.put)
-        running = Running(response, handover)
+        running = Running(response, handover, content)
         pieces = response.pieces(self.app, environ, content, None)
-        running.begin = functools.partial(handover.fill, request, pieces)
-        self.pool.submit(Job(running))
+        running.begin = functools.partial(handover.fill, pieces)
+        self.pool.submit(Job(request))
         return running
 
 

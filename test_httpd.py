@@ -1679,7 +1679,7 @@ class FullDisk:
 
 
 def test_a_spool_moves_from_memory_to_a_file():
-    disk = httpd.Disk(1000, lambda: 100, lambda error: False)
+    disk = httpd.Disk(1000, lambda: 100, lambda error, asking: False)
     spool = httpd.Spool(disk, few=50)
     spool.write(b"a" * 50)
     assert (spool.in_memory, disk.used) == (50, 0) and spool.read(10, 5) == b"aaaaa"
@@ -5528,6 +5528,78 @@ def test_more_requests_than_may_wait_for_a_thread(running, monkeypatch):
     assert refused == [b"503"] * 3 and [client.recv(1000)[9:12] for client in clients[:3]] == [b"204"] * 3
     for client in clients:
         client.close()
+
+
+def test_who_uploads_is_not_his_own_victim(running, monkeypatch):
+    """Descriptors are short, and he is the only one who is behind: 503, not an answer on a closed connection."""
+    mount(inspect)
+
+    def fail(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(httpd.Disk, "open", fail)
+    monkeypatch.setattr(httpd, "behind", lambda connection: 9.0)
+    with connect(running) as client:
+        client.sendall(post(b"x" * 300000, path=b"/app"))
+        assert client.recv(1000).startswith(b"HTTP/1.1 503")
+    assert fetch(running)[1].status == 200
+
+
+def test_greedy_requests_whose_answers_wait_in_a_file(server, slow_reader):
+    """The 16th answer goes to a file: the others are not forgotten."""
+    raw = get() * 15 + numbers(1) + get() * 5
+    slow_reader.sendall(raw)
+    wait_for(lambda: is_spooled(server), server)
+    data, end = pump(server, slow_reader, 21, seconds=30)
+    assert [answer.status for answer in answers(data)] == [200] * 21 and end == "open"
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 900000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nFFFFF\r\n"])
+def test_uploads_that_are_given_up_leave_no_file_behind(running, framing):
+    """Without the help of the garbage collector."""
+    mount(inspect)
+    gc.disable()
+    try:
+        for _ in range(5):
+            with connect(running) as client:
+                client.sendall(b"POST /app HTTP/1.1\r\n" + HOST + framing + b"x" * 400000)
+                wait_for(lambda: running.disk.used > 300000)
+            wait_for(lambda: not running.connections)
+            wait_for(lambda: running.disk.used == 0)
+    finally:
+        gc.enable()
+
+
+def test_the_disk_has_again_what_is_given_back():
+    disk = httpd.Disk(10000, lambda: 0, lambda error, asking: False)
+    free = disk.free
+    spool = httpd.Spool(disk)
+    spool.write(b"x" * 5000)
+    assert (disk.free, disk.used) == (free - 5000, 5000)
+    spool.close()
+    assert (disk.free, disk.used) == (free, 0)
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch):
+    pool, ran = httpd.Pool(1), threading.Event()
+    real = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+    with pytest.raises(RuntimeError):
+        pool.submit(ran.set)
+    monkeypatch.setattr(threading.Thread, "start", real)
+    pool.submit(ran.set)
+    assert ran.wait(5)
+
+
+def test_a_large_piece_that_the_client_does_not_take_waits_in_a_file(running):
+    """Not in memory, of which memory_budget would know nothing."""
+    mount(says([b"z" * 5000000]))
+    with connect(running, takes=4096) as client:
+        client.sendall(get(b"/app"))
+        wait_for(lambda: running.disk.used > 1000000)
+        assert running.held < running.params.held_size
+    wait_for(lambda: not running.connections)
+    assert running.held == 0 and running.disk.used == 0
 
 
 def test_jobs_of_clients_that_are_gone_go_with_them(running, monkeypatch):

@@ -3248,10 +3248,9 @@ class Server:
     reload_tls() are for any thread.
     """
     __slots__ = (
-        "params", "transport", "heads", "responses", "connections", "held", "requests",
-        "accepted", "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive",
-        "now", "stopping", "_loop", "_address", "_thread", "_life", "_ended", "_stop_at",
-        "_next_tick")
+        "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
+        "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive", "now", "stopping",
+        "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)

@@ -5599,7 +5599,7 @@ def test_a_large_piece_that_the_client_does_not_take_waits_in_a_file(running):
         wait_for(lambda: running.disk.used > 1000000)
         assert running.held < running.params.held_size
     wait_for(lambda: not running.connections)
-    assert running.held == 0 and running.disk.used == 0
+    wait_for(lambda: running.held == 0 and running.disk.used == 0)
 
 
 def test_jobs_of_clients_that_are_gone_go_with_them(running, monkeypatch):

@@ -4,10 +4,13 @@
 Copy the file into a project and register what answers below a root path:
 
     import httpd
-    def hello(request, page):
-        page.write("Hello, %s!\\n" % request.lookup_arg("name", "world")) return 200
 
-    httpd.register_httpdcb("example", "hello", hello) httpd.run(ip="127.0.0.1", port=8000)
+    def hello(request, page):
+        page.write("Hello, %s!\\n" % request.lookup_arg("name", "world"))
+        return 200
+
+    httpd.register_httpdcb("example", "hello", hello)
+    httpd.run(ip="127.0.0.1", port=8000)
 
 or run it as a management server: `python httpd.py example.cfg`.
 
@@ -24,21 +27,18 @@ How a GET travels through this file, a line for each hop:
 
 What takes more than a turn has an Exchange: content that is on its way (receive_content), a request
 that waits for Request.resume() (suspended), a response that flush_data_cb makes piece by piece
-(stream). The table STATES says of each state what it waits for, for how long, and what becomes of
-it.
+(stream). The table STATES says what each state waits for, for how long, and what becomes of it.
 
 The rule of the one buffer: a server has one Page, for one response at a time. What the socket does
-not take of it is copied out before `turn` returns: to memory, counted against memory_budget, or, if
-it is not small, to a Spool, a temporary file, from where the state unspool sends it. The answers to
-pipelined requests are gathered and leave together.
+not take of it is copied out before `turn` returns: to memory, or, if it is not small, to a Spool, a
+temporary file, from where the state unspool sends it. Pipelined answers are gathered.
 
 Everything that a client can make grow is counted in one place, Connection.count. When memory, the
 spool or descriptors are short, whoever is furthest behind his time gives way (Server._make_room).
 
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
 block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
-the connections and the time. A server lives in one thread; stop(), resume() and reload_tls() are
-for any.
+the connections and the time. It lives in one thread; stop(), resume(), reload_tls() are for any.
 """
 from __future__ import annotations
 
@@ -4861,11 +4861,10 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
     """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what
     no other root takes.
 
-    threads   0: it runs in the server's thread, and nobody else is served meanwhile; its iterable
-    is read as the client
-              takes it. Else it runs in so many threads, 64 KiB ahead of the client, and further
-              requests wait: one that streams events keeps a thread. When its client goes, write()
-              raises BrokenPipeError, and where it yields there is GeneratorExit
+    threads   0: it runs in the server's thread, nobody else is served meanwhile, and its iterable
+              is read as the client takes it. Else in so many threads; up to 16 MiB of a response
+              leave its thread at once. One that streams events keeps a thread. When its client
+              goes, write() raises BrokenPipeError, and where it yields there is GeneratorExit
 
     Request content is limited by wsgi_body_size as it is now. ConfigError as from
     register_httpdcb(). Any thread.

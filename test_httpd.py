@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tokenize
@@ -7344,6 +7345,12 @@ def test_layout_of_the_repository():
     if git.returncode == 0 and git.stdout:
         top = {name.split("/")[0] for name in git.stdout.split("\n") if name and not name.startswith(".")}
         assert top == {"httpd.py", "test_httpd.py", "example.cfg", "README.md", "LICENSE"}
+
+
+def test_the_program_of_the_docstring_is_one():
+    program = re.search(r"    import httpd\n.*?port=8000\)\n", httpd.__doc__, re.DOTALL)[0]
+    tree = ast.parse(textwrap.dedent(program))
+    assert [type(node).__name__ for node in tree.body] == ["Import", "FunctionDef", "Expr", "Expr"]
 
 
 def test_readme_names_everything_public():

@@ -1593,8 +1593,7 @@ class Heads:
         self.whole = Memo(size // 2)
         self.sections = Memo(size // 4)
         self.lines = FieldLines(size // 4)
-        # On the hot path look-ups, not calls. What is in an old generation only, `read` brings
-        # back.
+        # On the hot path look-ups, not calls. `read` brings back what is old.
         self.recall = self.whole.young.get
         self.recall_section = self.sections.young.get
 
@@ -1814,8 +1813,7 @@ class Transport(NamedTuple):
     scheme: str
     first_state: Callable[[Connection], bool]
     would_block: tuple[type[Exception], ...]    # What a socket raises that has to be waited for.
-    # What to wait for then, whatever the state waits for; without an entry: what the state waits
-    # for.
+    # What to wait for then; without an entry: what the state waits for.
     wants: Mapping[type[Exception], int]
     send_size: int                          # Bytes that one send() is given of a file.
     context: Any = None                         # ssl.SSLContext
@@ -1946,8 +1944,7 @@ class Response(NamedTuple):
 
 
 # Called once for each response, when its end is known: request or None, status, bytes of content,
-# seconds since the head was there, and whether all of it has left. In the server's thread; it has
-# to be quick.
+# seconds since the head was there, and whether all of it has left. In the server's thread.
 Observer = Callable[[Optional[Request], int, int, float, bool], Any]
 observers: list[Observer] = []
 
@@ -4483,8 +4480,7 @@ register_mi("ps", mi_ps)
 
 
 # --------------------------------------------------------------------------------------------- WSGI
-# PEP 3333 on the public callbacks: a response is an iterator of pieces, which flush_data_cb hands
-# out.
+# PEP 3333 on the public callbacks: a response is an iterator of pieces, for flush_data_cb.
 
 AHEAD_SIZE = 2**16          # bytes of a response that wait for the client in memory,
 AHEAD_MOST = 2**24          # and in all: then its thread waits too

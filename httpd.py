@@ -2073,8 +2073,7 @@ def say_goodbye(connection: Connection, patient: bool = False) -> None:
         return
     try:
         unwrap()
-    # mostly SSLWantReadError; or the connection is lost
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:      # mostly SSLWantReadError
         if patient and connection.server.transport.wants.get(type(error)) == WRITE:
             raise
 
@@ -4147,6 +4146,11 @@ class Pool:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def is_full(self) -> bool:
+        with suppress(queue.Empty):             # a thread has been faster
+            for _ in range(self.jobs.qsize() if self.jobs.qsize() >= self.waiting else 0):
+                job = self.jobs.get_nowait()
+                if getattr(job, "request", bool)() is not None:     # else its client is gone
+                    self.jobs.put(job)
         return self.jobs.qsize() >= self.waiting
 
     def submit(self, job: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ How a GET travels through this file, a line for each hop:
     Server._turn               one poll; the clock is read once for all that is ready
     Connection.turn            sends what is due, and runs states until one has to wait
     idle (greet, with TLS)     one recv(); a head seen before costs a look-up, any other goes to
-    Connection.next_request    which finds its end; Heads.read has parse_head make a Head of it
+    next_request               which finds its end; Heads.read has parse_head make a Head of it
     route                      who answers, and who may: the Request is made with it
     Connection.serve           the hot path: the handler writes into the Page,
     Connection.finish          and the head is put right before the content, in the same buffer
@@ -100,7 +100,7 @@ __all__ = [
     "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi",
     "modparam", "loadmodule", "load_config",
     "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
-    "tls_priority", "tls_context", "TLSPlan", "Spool", "observers"]
+    "tls_priority", "tls_context", "TLSPlan", "Spool", "observers", "Response"]
 log = logging.getLogger("httpd")
 
 
@@ -838,7 +838,7 @@ class Request:
     @property
     def client(self) -> tuple[str, int]:
         """Address and port of the peer."""
-        return plain_address(self._connection.peer)
+        return self._connection.client()
 
     @property
     def server(self) -> tuple[str, int]:
@@ -1798,6 +1798,7 @@ LEAST_RATE = 500            # bytes a second that a client has to take, or send
 LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
 LINGER_TIME = 30.0          # and seconds in all
 SHORT_REASON = 250          # bytes of an error text: the smallest page holds it
+GARBAGE_SIZE = 200          # bytes that observers see of what is no request
 # What a connection waits for: what selectors know, and what only epoll knows.
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANG_UP = 0x2000            # EPOLLRDHUP: the client has ended its side
@@ -1937,23 +1938,39 @@ def checked_status(status: Any) -> int:
 
 class Response(NamedTuple):
     """What observers are told of a response."""
-    request: Optional[Request]      # None: what came was no request
+    server: Server
+    request: Optional[Request]      # None: what came was no request,
+    garbage: bytes                  # but began with these bytes
+    client: tuple[str, int]         # address and port
     status: int
     size: int                       # bytes of content
+    seconds: float                  # since the head of the request was there
+    whole: bool                     # all of it has left; False: it is cut
+
+
+class Ended(NamedTuple):
+    """A response that is made, and may not have left yet."""
+    request: Optional[Request]
+    garbage: bytes
+    status: int
+    size: int
     begun: float                    # seconds, on the clock of time.monotonic()
 
 
-# Called once for each response, when its end is known: request or None, status, bytes of content,
-# seconds since the head was there, and whether all of it has left. In the server's thread.
-Observer = Callable[[Optional[Request], int, int, float, bool], Any]
-observers: list[Observer] = []
+# Called once for each response, when its end is known, in the server's thread.
+observers: list[Callable[[Response], Any]] = []
 
 
-def tell_observers(response: Response, whole: bool) -> None:
-    seconds = time.monotonic() - response.begun
-    for observer in tuple(observers):           # one may take itself out
-        call_safely("an observer", observer, response.request, response.status, response.size,
-                    seconds, whole)
+def tell_observers(connection: Connection, responses: list[Ended], whole: bool) -> None:
+    now = time.monotonic()
+    for request, garbage, status, size, begun in responses:
+        client = connection.client()
+        if request is not None:
+            client = request.client
+        response = Response(
+            connection.server, request, garbage, client, status, size, now - begun, whole)
+        for observer in tuple(observers):           # one may take itself out
+            call_safely("an observer", observer, response)
 
 
 class Unsent:
@@ -1991,11 +2008,11 @@ class Exchange:
             size += self.decoder.held
         return size
 
-    def responses(self) -> list[Response]:
+    def responses(self) -> list[Ended]:
         """What observers are told when a stream has ended."""
         if not observers or self.stream is None:
             return []
-        return [Response(self.request, self.status, self.stream.sent, self.begun)]
+        return [Ended(self.request, b"", self.status, self.stream.sent, self.begun)]
 
     def upload(self, data: bytes) -> None:
         """Hand a piece of the content to upload_data_cb. What that raises refuses the rest."""
@@ -2117,6 +2134,25 @@ def check_expectation(request: Request, limit: float) -> None:
         raise HTTPError(417, "no expectation but 100-continue is understood")
 
 
+def take_content(connection: Connection, data: bytes) -> Optional[Request]:
+    """The request, if its content is whole with this; None: more comes, and has earned time."""
+    exchange = connection.exchange
+    assert exchange is not None and exchange.decoder is not None
+    connection.received = b""
+    rest = exchange.decoder.feed(data)
+    if rest is None:
+        params, now = connection.server.params, connection.server.now
+        longest = max(params.keep_alive, params.request_timeout)
+        connection.deadline = min(connection.deadline + len(data) / LEAST_RATE, now + longest)
+        return None
+    connection.received = rest
+    request = exchange.request
+    request.body = bytes(exchange.content)
+    exchange.decoder = None
+    exchange.content = bytearray()
+    return request
+
+
 def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     """The request, if its content is here; None: it is on its way. HTTPError refuses it unread.
 
@@ -2145,7 +2181,7 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     if fields.expect and type(handler) is not Refusal and not connection.received:
         connection.out = memoryview(CONTINUE)
     connection.enter(receive_content)
-    return connection.take_content(connection.received)
+    return take_content(connection, connection.received)
 
 
 def find_head(connection: Connection, data: bytes) -> tuple[int, int]:
@@ -2167,6 +2203,35 @@ def find_head(connection: Connection, data: bytes) -> tuple[int, int]:
     return start, 0
 
 
+def next_request(connection: Connection) -> Optional[Request]:
+    """Take the next request out of what has been received; None: it is not whole."""
+    data, heads = connection.received, connection.server.heads
+    end, fields = len(data), None
+    limit = connection.server.params.max_header_size
+    if end <= limit and connection.beginning is None and data.endswith(b"\r\n\r\n"):
+        line, _, section = data.partition(b"\r\n")
+        fields = heads.recall_section(section)
+    if fields is not None:              # one head, with a section that has been seen before
+        head = heads.read(data, line, section, fields)
+    else:
+        start, end = 0, data.find(b"\r\n\r\n") + 4
+        if end < 4 or connection.beginning is not None or data.startswith(b"\r") or end > limit:
+            start, end = find_head(connection, data)       # it is not as simple as nearly always
+            if end == 0:
+                return None
+        raw = data[start:end]
+        known = heads.recall(raw)
+        if known is None:
+            line, _, section = raw.partition(b"\r\n")
+            known = heads.read(raw, line, section, None)
+        head = known
+    connection.received = data[end:]    # not before: a refusal looks there whether it answers HEAD
+    connection.beginning = None
+    if head.waits:
+        return begin_content(connection, head)
+    return route(head, connection)
+
+
 class Connection:
     """One socket and what is under way on it. `state` runs next: True to go on, False to wait.
 
@@ -2185,12 +2250,13 @@ class Connection:
 
     __slots__ = (
         "server", "sock", "peer", "state", "interest", "deadline", "received", "beginning",
-        "exchange", "out", "unsent", "acked", "held", "lingers_until", "unreported")
+        "exchange", "out", "unsent", "acked", "held", "lingers_until", "unreported", "address")
 
     def __init__(self, server: Server, sock: socket.socket, peer: Any) -> None:
         self.server = server
         self.sock = sock
-        self.peer = peer                    # its address
+        self.peer = peer                    # its address, as the socket says it,
+        self.address: Optional[tuple[str, int]] = None      # and as others see it
         self.state: State = server.transport.first_state
         self.interest = 0    # what is watched for: READ, WRITE, HANG_UP, RESET; 0: nothing yet
         self.deadline = server.now + server.keep_alive
@@ -2202,7 +2268,7 @@ class Connection:
         self.acked = 0                      # bytes that the client's system had, a second ago
         self.held: int = 0                  # bytes counted against memory_budget
         self.lingers_until = math.inf
-        self.unreported: list[Response] = []        # responses whose end is not known yet
+        self.unreported: list[Ended] = []   # responses whose end observers do not know yet
 
     def enter(self, state: State) -> bool:
         """Go over into a state, which has its time from now on. False: most states wait then."""
@@ -2229,9 +2295,9 @@ class Connection:
 
     def report(self, whole: bool) -> None:
         """Tell the observers about responses that have left, or are cut."""
-        unreported, self.unreported = self.unreported, []
-        for response in unreported:
-            tell_observers(response, whole)
+        if self.unreported:
+            unreported, self.unreported = self.unreported, []
+            tell_observers(self, unreported, whole)
 
     def close(self, cut: bool = False, reset: bool = False) -> bool:
         """Give all back at once. `cut`: without close_notify, so that TLS shows a broken end.
@@ -2265,6 +2331,12 @@ class Connection:
 
     def is_closed(self) -> bool:
         return self.state is closed
+
+    def client(self) -> tuple[str, int]:
+        """Address and port of the peer."""
+        if self.address is None:
+            self.address = plain_address(self.peer)
+        return self.address
 
     def is_sending(self) -> bool:
         """Whether the client has to take something before anything else happens."""
@@ -2322,7 +2394,10 @@ class Connection:
             begun = server.now
             if self.exchange is not None:
                 begun = self.exchange.begun
-            self.unreported.append(Response(request, status, end - HEADROOM, begun))
+            garbage = b""
+            if request is None:
+                garbage = self.received[:GARBAGE_SIZE]
+            self.unreported.append(Ended(request, garbage, status, end - HEADROOM, begun))
         if connection_line is CLOSE:
             self.leave(end - HEADROOM)
         elif self.received:
@@ -2355,7 +2430,6 @@ class Connection:
             to_head = request.method == "HEAD"
         else:
             to_head = self.received.startswith(b"HEAD ", end_of_empty_lines(self.received))
-        self.received = b""
         self.beginning = None
         self.server.responses.write_error(refusal)
         piece = self.finish(refusal.status, CLOSE, not to_head, request)
@@ -2430,58 +2504,12 @@ class Connection:
                     self.received = data[end_of_head:]
                     request = route(known, self)
                 else:
-                    request = self.next_request()
+                    request = next_request(self)
         finally:
             if answers:
                 answers += self.out                     # a 100 (Continue) for the next one
                 self.out = memoryview(answers)
         return self.state is not idle and STATES[self.state].waits_for == 0
-
-    def next_request(self) -> Optional[Request]:
-        """Take the next request out of what has been received; None: it is not whole."""
-        data, heads = self.received, self.server.heads
-        end, fields = len(data), None
-        limit = self.server.params.max_header_size
-        if end <= limit and self.beginning is None and data.endswith(b"\r\n\r\n"):
-            line, _, section = data.partition(b"\r\n")
-            fields = heads.recall_section(section)
-        if fields is not None:              # one head, with a section that has been seen before
-            head = heads.read(data, line, section, fields)
-        else:
-            start, end = 0, data.find(b"\r\n\r\n") + 4
-            if end < 4 or self.beginning is not None or data.startswith(b"\r") or end > limit:
-                start, end = find_head(self, data)       # it is not as simple as nearly always
-                if end == 0:
-                    return None
-            raw = data[start:end]
-            known = heads.recall(raw)
-            if known is None:
-                line, _, section = raw.partition(b"\r\n")
-                known = heads.read(raw, line, section, None)
-            head = known
-        self.received = data[end:]    # not before: a refusal looks there whether it answers HEAD
-        self.beginning = None
-        if head.waits:
-            return begin_content(self, head)
-        return route(head, self)
-
-    def take_content(self, data: bytes) -> Optional[Request]:
-        """The request, if its content is whole with this; None: more comes, and has earned time."""
-        exchange = self.exchange
-        assert exchange is not None and exchange.decoder is not None
-        self.received = b""
-        rest = exchange.decoder.feed(data)
-        if rest is None:
-            params, now = self.server.params, self.server.now
-            longest = max(params.keep_alive, params.request_timeout)
-            self.deadline = min(self.deadline + len(data) / LEAST_RATE, now + longest)
-            return None
-        self.received = rest
-        request = exchange.request
-        request.body = bytes(exchange.content)
-        exchange.decoder = None
-        exchange.content = bytearray()
-        return request
 
     def turn(self) -> None:
         """Send what is due and run states, until one waits.
@@ -2510,10 +2538,12 @@ class Connection:
         except BaseException as error:
             self.recover(error)
             return
-        resting = self.state is idle and self.interest == READ and self.out is NOTHING
-        if not resting or self.held or self.unreported:
+        resting = self.state is idle and self.interest == READ and self.held == 0
+        if not resting or self.out is not NOTHING:
             waited = waiting is not NOTHING and self.state is state
             self.settle(wanted, waited)
+        elif self.unreported:
+            self.report(True)
 
     def recover(self, error: BaseException) -> None:
         """What becomes of a connection after an exception: a refusal is answered, else it ends."""
@@ -2644,12 +2674,12 @@ def idle(connection: Connection) -> bool:
     if not data:
         return connection.close()
     connection.received = data
-    return connection.serve(connection.next_request())
+    return connection.serve(next_request(connection))
 
 
 def proceed(connection: Connection) -> bool:
     """More has been received with what is answered now."""
-    return connection.serve(connection.next_request())
+    return connection.serve(next_request(connection))
 
 
 def let_others(connection: Connection) -> bool:
@@ -2677,12 +2707,12 @@ def receive_head(connection: Connection) -> bool:
     if not data:
         return connection.close()
     connection.received += data
-    return connection.serve(connection.next_request())
+    return connection.serve(next_request(connection))
 
 
 def receive_content(connection: Connection) -> bool:
     data = receive(connection)
-    request = connection.take_content(data)
+    request = take_content(connection, data)
     return request is not None and connection.serve(request)
 
 

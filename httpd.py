@@ -38,7 +38,7 @@ spool or descriptors are short, whoever is furthest behind his time gives way (S
 
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
 block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
-the connections and the time. It lives in one thread; stop(), resume(), reload_tls() are for any.
+the connections and the time. It lives in one thread; stop(), resume(), reload() are for any.
 """
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ class Parameter(NamedTuple):
     low: float = 0
     high: float = math.inf
     zero: bool = False          # 0 is allowed though it is below `low`
-    kind: str = "text"          # of a text: which of the `checks` it has to pass
+    # Of a text: which of the `checks` it has to pass; a path, or "secret", stands for more.
+    kind: str = "text"
 
     def bounds(self) -> str:
         """The allowed numbers, in words; empty for a text."""
@@ -190,7 +191,7 @@ def check_root(text: str) -> None:
 # By Parameter.kind: raises ValueError, which says what a text must be. The section TLS adds
 # "priority".
 checks: dict[str, Callable[[str], object]] = {
-    "text": str, "path": str, "address": check_address, "root": check_root}
+    "text": str, "path": str, "secret": str, "address": check_address, "root": check_root}
 
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
@@ -229,8 +230,19 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
                   "second more for every 500 bytes", 0.1),
         Parameter("max_connections", 0,
                   "connections at a time; 0: as many as RLIMIT_NOFILE allows", 1, zero=True),
+        Parameter("max_connections_per_ip", 0,
+                  "connections of one address at a time, of IPv6 of one /64; 0: no limit", 1,
+                  zero=True),
         Parameter("max_header_size", 16384,
                   "bytes of request line and fields; larger: 414 or 431", 256, 2**16),
+        Parameter("auth_realm", "OpenSIPS MI", "what the browser says the password is for"),
+        Parameter("auth_username", "", "with auth_password: Basic authentication for every root"),
+        Parameter("auth_password", "", "the password, or file:PATH of the file that has it",
+                  kind="secret"),
+        Parameter("allowed_hosts", "",
+                  "host names that a request may be for, others: 421; empty or *: any"),
+        Parameter("trusted_proxies", "",
+                  "addresses and networks whose X-Forwarded-For, -Proto and -Host are believed"),
         Parameter("grace_timeout", 10.0,
                   "seconds that requests under way get to finish when the server is stopped"),
     ),
@@ -322,7 +334,13 @@ class Limits:
     conn_timeout: float
     request_timeout: float
     max_connections: int
+    max_connections_per_ip: int
     max_header_size: int
+    auth_realm: str
+    auth_username: str
+    auth_password: str
+    allowed_hosts: str
+    trusted_proxies: str
     grace_timeout: float
     other_content: str      # the parameter that limits content which is no form
     memo_size: int          # bytes for heads that have been parsed
@@ -333,7 +351,7 @@ class Limits:
 
     def __init__(self, **overrides: Any) -> None:
         self.__dict__.update(in_force("httpd", **overrides))
-        self._check_tls()
+        self._check_pairs()
         self.other_content = "receive_buf_size" if self.receive_buf_size else "post_buf_size"
         self.receive_buf_size = self.receive_buf_size or self.post_buf_size
         self._check_memory()
@@ -345,8 +363,10 @@ class Limits:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_open = self.max_connections or max(16, descriptors - SPARE_DESCRIPTORS)
 
-    def _check_tls(self) -> None:
+    def _check_pairs(self) -> None:
         for name, other, missing in (
+                ("auth_username", "auth_password", "auth_password: set both"),
+                ("auth_password", "auth_username", "auth_username: set both"),
                 ("tls_cert_file", "tls_key_file", "tls_key_file: HTTPS wants both"),
                 ("tls_key_file", "tls_cert_file", "tls_cert_file: HTTPS wants both"),
                 ("tls_ca_file", "tls_cert_file",
@@ -533,9 +553,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
 def located(setting: Setting, directory: str) -> Setting:
     """A path in a configuration is relative to where the configuration lies."""
     kinds = {row.name: row.kind for row in PARAMETERS.get(setting.module, ())}
-    if not setting.value or kinds.get(setting.name) != "path":
-        return setting
-    return setting._replace(value=os.path.join(directory, setting.value))
+    kind, value = kinds.get(setting.name), setting.value
+    if kind == "path" and value:
+        value = os.path.join(directory, value)
+    elif kind == "secret" and value.startswith("file:"):
+        value = "file:" + os.path.join(directory, value[5:])
+    return setting._replace(value=value)
 
 
 def set_parameters(settings: list[Setting], modules: Collection[str], problems: list[str]) -> None:
@@ -615,6 +638,22 @@ FlushData = Callable[["Request", int, memoryview], int]
 UploadData = Callable[["Request", bytes], Any]
 
 
+class Refusal:
+    """The handler of a request that nobody answers: `route` gives it where there is no other."""
+
+    def __init__(self, status: int, reason: str, name: str = "", value: str = "") -> None:
+        self.status = status
+        self.reason = reason
+        self.headers = {name: value} if name else {}
+
+    def error(self) -> HTTPError:
+        """A new one each time: an exception keeps the frames that it has passed."""
+        return HTTPError(self.status, self.reason, self.headers)
+
+    def __call__(self, request: Request, page: Page) -> int:
+        raise self.error()
+
+
 class Root(NamedTuple):
     """A root path and who answers there."""
     name: str
@@ -624,6 +663,7 @@ class Root(NamedTuple):
     flush: Optional[FlushData] = None
     upload: Optional[UploadData] = None
     upload_limit: Union[float, str] = 0         # bytes, or the parameter of httpd that says it
+    management: bool = False
 
 
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
@@ -641,7 +681,8 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
                      content_type: str = "text/html; charset=utf-8",
                      methods: Sequence[str] = ("GET", "POST"),
                      upload_data_cb: Optional[UploadData] = None,
-                     upload_limit: Union[float, str] = math.inf) -> None:
+                     upload_limit: Union[float, str] = math.inf,
+                     management: bool = False) -> None:
     """Have `access_handler_cb(request, page) -> status` answer what is at and below `/root_path`.
 
     module             who registers: for error texts and httpd_list_root_path
@@ -668,6 +709,9 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
                        the rest of it
     upload_limit       bytes of the largest content for upload_data_cb, or the name of a parameter
                        of httpd that says so; larger: 413
+    management         it is not for everybody: on a loopback address it answers to localhost only,
+                       unless allowed_hosts is set, so that no web page reaches it by DNS rebinding;
+                       and a warning if others can reach it without a password or certificate
 
     Raises ConfigError: a bad root path, or one that is taken; a function that is none; bad methods.
     Any thread.
@@ -692,7 +736,8 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
     if init_proc_cb is not None:
         pending_inits.append((module, init_proc_cb))
     roots[name] = Root(
-        name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit)
+        name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit,
+        management)
 
 
 def checked_root_path(module: str, root_path: str) -> str:
@@ -813,6 +858,9 @@ PARAMETER = re.compile(
     "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")")
 CERT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU",
               "countryName": "C"}
+
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def require(condition: Any, status: int, reason: str) -> None:
@@ -954,18 +1002,46 @@ class Request:
 
     @property
     def scheme(self) -> str:
-        """http or https."""
-        return self._connection.server.transport.scheme
+        """http or https: what the client speaks, if a trusted proxy says so."""
+        spoken = self._connection.server.transport.scheme
+        return self._forwarded("x-forwarded-proto", spoken)
+
+    @property
+    def host(self) -> str:
+        """The Host field, or what a trusted proxy says that it was; empty without one."""
+        return self._forwarded("x-forwarded-host", self.headers.get("host", ""))
+
+    @property
+    def user(self) -> str:
+        """Who has given the password that auth_password wants; empty without one."""
+        if self._head.refusal is not None:
+            return ""
+        return self._connection.server.access.user
 
     @property
     def client(self) -> tuple[str, int]:
-        """Address and port of the peer."""
-        return self._connection.client()
+        """Address and port of the client. Behind a trusted proxy the port is 0: nobody says it."""
+        peer = self._connection.client()
+        access = self._connection.server.access
+        if access.proxies and access.is_proxy(peer[0]):
+            return access.forwarded_for(self.headers.get("x-forwarded-for", ""), peer)
+        return peer
 
     @property
     def server(self) -> tuple[str, int]:
         """Address and port that the client is connected to."""
         return plain_address(self._connection.sock.getsockname())
+
+    def _forwarded(self, name: str, spoken: str) -> str:
+        """What a field of a trusted proxy says, else what the connection says."""
+        access = self._connection.server.access
+        if not access.proxies or not access.is_proxy(self._connection.client()[0]):
+            return spoken
+        _, _, last = self.headers.get(name, "").rpartition(",")
+        said = last.strip(" \t").lower()
+        if name == "x-forwarded-proto" and said not in DEFAULT_PORTS:
+            return spoken
+        return said or spoken
 
     @property
     def client_cert(self) -> Optional[ClientCert]:
@@ -1249,6 +1325,7 @@ class Head(NamedTuple):
     fields: Fields
     connection_line: str            # that of the fields
     waits: bool                     # there is content, or an expectation to see to
+    refusal: Optional[Refusal] = None       # what Access says of the fields
 
 
 class Target(NamedTuple):
@@ -1302,7 +1379,7 @@ def parse_head(line: bytes, section: bytes, fields: Optional[Fields], methods: C
     waits = fields.length != 0 or fields.expect != ""
     return Head._make((
         method, target, version, path, query or "", root, slash + rest, "", fields,
-        fields.connection_line, waits))
+        fields.connection_line, waits, None))
 
 
 def parse_other_head(
@@ -1677,6 +1754,185 @@ def content_decoder(length: int, limit: float, parameter: str, overhead: int,
     return SizedContent(length, write)
 
 
+# ------------------------------------------------------------------------------------------- Access
+# Who may: what is said of a header section is remembered with it. And whom a proxy speaks for.
+
+LOCAL_HOST = re.compile(
+    r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])\.?(?::[0-9]*)?", re.IGNORECASE)
+# An address in X-Forwarded-For, which some proxies write with a port.
+FORWARDED_ADDRESS = re.compile(r"\[?([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?"
+                               r"|([0-9.]+)(?::[0-9]+)?")
+
+
+def read_password(text: str) -> str:
+    """The value of auth_password: what it says, or what the file holds, less its last line end."""
+    if not text.startswith("file:"):
+        return text
+    path = text[5:]
+    try:
+        with open(path, encoding="utf-8") as file:
+            password, mode = file.read(), os.fstat(file.fileno()).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("httpd: auth_password: %s cannot be read: %s" % (path, reason),
+                          "auth_password") from None
+    if mode & 0o007:
+        log.warning("auth_password: %s is open to everybody: chmod o= %s", path, path)
+    password = re.sub(r"\r?\n\Z", "", password)
+    if not password:
+        raise ConfigError("httpd: auth_password: %s is empty" % path, "auth_password")
+    return password
+
+
+def listed(text: str) -> list[str]:
+    """The words of a parameter that is a list: blanks or commas between them."""
+    return [word for word in re.split("[ \t,]+", text) if word]
+
+
+def bare_host(text: str) -> str:
+    """The name or address in a Host field, without its port."""
+    name = re.sub(r"(?<=[^:]):[0-9]*\Z", "", text)
+    if text.startswith("["):
+        name = text[1:].partition("]")[0]
+    return name.rstrip(".").lower()
+
+
+def digest(text: bytes) -> bytes:
+    """Texts of any length are compared by these, in the same time."""
+    import hashlib                      # 4 ms, and only a password needs it
+    return hashlib.sha256(text).digest()
+
+
+def is_address(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        return True
+    except OSError:
+        return False
+
+
+def network_of(address: str) -> bytes:
+    """Whose address it is: a host's, of IPv6 a /64, of which one client has many."""
+    try:
+        return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8]
+    except OSError:
+        return address.encode()
+
+
+def networks(text: str) -> list[Any]:
+    """The value of trusted_proxies: networks of ipaddress, and `unix:` as it is."""
+    words = listed(text)
+    if not words:
+        return []
+    import ipaddress                    # 5 ms
+    try:
+        known = {"unix:": "unix:"}
+        return [known.get(word) or ipaddress.ip_network(word) for word in words]
+    except ValueError as error:
+        raise ConfigError("httpd: trusted_proxies: %s: write an address, or a network such as "
+                          "10.0.0.0/8" % error, "trusted_proxies") from None
+
+
+class Access:
+    """The rules of a server about who may, and its counts of connections by address."""
+
+    def __init__(self, params: Limits) -> None:
+        self.hosts = set(map(bare_host, listed(params.allowed_hosts)))
+        if "*" in self.hosts:
+            self.hosts = set()
+        self.names_all = not params.allowed_hosts       # not even a `*` was said
+        self.user = params.auth_username
+        self.wanted = b""
+        if self.user:
+            self._set_password(params)
+        self.judges = bool(self.hosts or self.wanted)
+        self.proxies = networks(params.trusted_proxies)
+        self.known: dict[str, bool] = {}                # addresses: whether they are proxies
+        self.most = params.max_connections_per_ip
+        self.connections: dict[bytes, int] = {}         # by address
+
+    def _set_password(self, params: Limits) -> None:
+        if ":" in self.user:
+            raise ConfigError("httpd: auth_username: a name cannot have a colon", "auth_username")
+        password = read_password(params.auth_password)
+        self.wanted = digest(("%s:%s" % (self.user, password)).encode())
+        realm = re.sub(r'(["\\])', r"\\\1", params.auth_realm)
+        self.challenge = Refusal(401, "user name and password are wanted",
+                                 "WWW-Authenticate", 'Basic realm="%s"' % realm)
+        try:
+            self.challenge.error()
+        except ValueError as error:
+            raise ConfigError("httpd: auth_realm: %s" % error, "auth_realm") from None
+
+    def refusal(self, headers: Mapping[str, str]) -> Optional[Refusal]:
+        """What the fields of a request are refused with (RFC 9110, 7.4 and 11.6.2)."""
+        if self.hosts and "host" in headers:
+            if bare_host(headers["host"]) not in self.hosts:
+                return Refusal(421, "this host is not served here, see allowed_hosts")
+        if self.wanted and not self._knows(headers.get("authorization", "")):
+            return self.challenge
+        return None
+
+    def _knows(self, authorization: str) -> bool:
+        """Whether the credentials are those that are wanted (RFC 7617)."""
+        from base64 import b64decode
+        from hmac import compare_digest
+        scheme, _, text = authorization.partition(" ")
+        try:
+            given = b64decode(text.strip(" "), validate=True)
+        except ValueError:
+            given = b""
+        return compare_digest(digest(given), self.wanted) and scheme.lower() == "basic"
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether what comes from an address is believed."""
+        known = self.known.get(address)
+        if known is None:
+            if len(self.known) > 999:
+                self.known.clear()
+            known = self.known[address] = self._look_up(address)
+        return known
+
+    def _look_up(self, address: str) -> bool:
+        if address == "unix":
+            return "unix:" in self.proxies
+        import ipaddress
+        found = ipaddress.ip_address(address.partition("%")[0])
+        return any(network != "unix:" and found in network for network in self.proxies)
+
+    def forwarded_for(self, field: str, peer: tuple[str, int]) -> tuple[str, int]:
+        """The client that proxies speak for: the last address that is no proxy's, from the right.
+
+        What stands left of it is the client's own text. Without an address it is the proxy itself.
+        """
+        client = peer
+        for member in reversed(field.split(",")):
+            match = FORWARDED_ADDRESS.fullmatch(member.strip(" \t"))
+            if match is None or not is_address(match[1] or match[2]):
+                break
+            client = (match[1] or match[2], 0)
+            if not self.is_proxy(client[0]):
+                break
+        return client
+
+    def enter(self, address: str) -> bool:
+        """Count a connection; False: there are too many of this address."""
+        if self.proxies and self.is_proxy(address):
+            return True
+        key = network_of(address)
+        self.connections[key] = self.connections.get(key, 0) + 1
+        return self.connections[key] <= self.most
+
+    def leave(self, address: str) -> None:
+        """A connection has ended."""
+        key = network_of(address)
+        left = self.connections.get(key, 0) - 1
+        if left > 0:
+            self.connections[key] = left
+        else:
+            self.connections.pop(key, None)
+
+
 # -------------------------------------------------------------------------------------------- Heads
 # What clients send, they send again: scrapes, health checks, browsers. What the parser has accepted
 # is remembered by its bytes.
@@ -1758,8 +2014,9 @@ class FieldLines(Dict[bytes, Tuple[str, str]]):
 class Heads:
     """Heads that have been parsed, by their bytes; sections, below new request lines; and lines."""
 
-    def __init__(self, size: int, scheme: str) -> None:
+    def __init__(self, size: int, scheme: str, access: Access) -> None:
         self.scheme = scheme                        # that the server speaks
+        self.access = access
         self.whole = Memo(size // 2)
         self.sections = Memo(size // 4)
         self.lines = FieldLines(size // 4)
@@ -1789,6 +2046,8 @@ class Heads:
         head = parse_head(line, section, fields, known_methods, self.lines.__getitem__)
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
+        if self.access.judges:
+            head = head._replace(refusal=self.access.refusal(head.fields.headers))
         if head.fields.expect:                      # it is judged every time
             return head
         if fields is None and head.scheme == "" and head.version == "HTTP/1.1":
@@ -2041,16 +2300,6 @@ class Responses:
         return head
 
 
-class Refusal:
-    """The handler of a request that nobody answers: `route` gives it where there is no other."""
-
-    def __init__(self, error: HTTPError) -> None:
-        self.error = error
-
-    def __call__(self, request: Request, page: Page) -> int:
-        raise self.error
-
-
 NO_ROOT = Root("", "httpd", {}, "")
 
 
@@ -2063,17 +2312,34 @@ def bytes_acked(sock: socket.socket) -> int:
         return 0
 
 
+def is_for_localhost(head: Head, connection: Connection) -> bool:
+    """False if a loopback address is asked by another name: a web page that has rebound its own.
+
+    Behind a proxy, and where allowed_hosts is set, that says which names are good.
+    """
+    host = head.fields.headers.get("host", "localhost")
+    if LOCAL_HOST.fullmatch(host) or not connection.server.access.names_all:
+        return True
+    address, _ = plain_address(connection.sock.getsockname())
+    return not LOCAL_HOST.fullmatch("[%s]" % address if ":" in address else address)
+
+
 def route(head: Head, connection: Connection, body: bytes = b"") -> Request:
     """The request for whoever answers it, and may: a root's handler, or a Refusal."""
     if pending_inits:
         initialize_late()
+    if head.refusal is not None:
+        return Request(connection, head, NO_ROOT, head.refusal, body)
     root = roots.get(head.root) or roots.get("")
     if root is None:
         return Request(connection, head, *route_nowhere(head), body)
     handler = root.handlers.get(head.method)
     if handler is None:
-        allowed = {"Allow": ", ".join(root.handlers)}
-        handler = Refusal(HTTPError(405, "this method is not allowed here", allowed))
+        allowed = ", ".join(root.handlers)
+        handler = Refusal(405, "this method is not allowed here", "Allow", allowed)
+    if root.management and not is_for_localhost(head, connection):
+        handler = Refusal(421, "on a loopback address only localhost is answered, "
+                               "see allowed_hosts")
     return Request(connection, head, root, handler, body)
 
 
@@ -2082,7 +2348,7 @@ def route_nowhere(head: Head) -> tuple[Root, AccessHandler]:
     if head.path == "*":        # OPTIONS, the parser has seen to that: the server as a whole
         methods = sorted(known_methods - {"TRACE"})
         return Root("*", "httpd", dict.fromkeys(methods, answer_options), ""), answer_options
-    return NO_ROOT, Refusal(HTTPError(404, "nothing is registered for this path"))
+    return NO_ROOT, Refusal(404, "nothing is registered for this path")
 
 
 def blame(error: BaseException, request: Request) -> HTTPError:
@@ -2313,7 +2579,7 @@ def check_expectation(request: Request, limit: float) -> None:
     if isinstance(handler, Refusal):
         short = fields.length == 0 or not fields.expect and 0 < fields.length <= limit
         if not short:
-            raise handler.error
+            raise handler.error()
     elif fields.expect not in ("", CONTINUE_EXPECTED):
         raise HTTPError(417, "no expectation but 100-continue is understood")
 
@@ -3141,16 +3407,6 @@ def give_way(connection: Connection, politely: bool) -> None:
         connection.close(cut=True, reset=connection.is_sending())
 
 
-def turn_away(connection: Connection) -> None:
-    """No room for this client: say so, or just close where only a handshake could say it."""
-    if connection.server.transport.context is not None:
-        connection.close()
-        return
-    connection.refuse(
-        HTTPError(503, "too many connections, see max_connections", {"Retry-After": "1"}))
-    connection.turn()
-
-
 PLAIN = Transport("http", idle, (BlockingIOError,), {}, SPOOL_PIECE)
 # By scheme: what makes the transport out of the parameters. The section TLS puts itself in.
 transports: dict[str, Callable[[Limits], Transport]] = {"http": lambda params: PLAIN}
@@ -3487,6 +3743,39 @@ class Candidates:
         return None
 
 
+def warn_of_open_roots(params: Limits) -> None:
+    """Tell the operator what everybody may do."""
+    open_roots = ["/" + root.name for root in roots.values() if root.management]
+    guarded = params.auth_username or params.tls_ca_file or LOCAL_HOST.fullmatch(params.ip)
+    if open_roots and not guarded and params.ip != "::1":
+        log.warning("whoever reaches %s may give orders: set ip = 127.0.0.1, or auth_username and "
+                    "auth_password, or tls_ca_file", " ".join(open_roots))
+
+
+def find_full(connection: Connection) -> str:
+    """The parameter that leaves no place for one more connection; empty: there is one."""
+    server = connection.server
+    if server.access.most and not server.access.enter(connection.client()[0]):
+        return "max_connections_per_ip"
+    if not server.has_place():
+        return "max_connections"
+    return ""
+
+
+def turn_away(connection: Connection, full: str) -> None:
+    """No room for this client: say so, or just close where only a handshake could say it."""
+    server = connection.server
+    server.turned_away.append(connection)
+    if len(server.turned_away) > TURNED_AWAY:
+        server.turned_away.popleft().close()
+    if server.transport.context is not None:
+        connection.close()
+        return
+    connection.refuse(
+        HTTPError(503, "too many connections, see %s" % full, {"Retry-After": "1"}))
+    connection.turn()
+
+
 class Server:
     """A server with the parameters in force, keywords before what modparam() has set; ConfigError
     if they are wrong.
@@ -3497,18 +3786,20 @@ class Server:
                                          readable, and after timeout() seconds
 
     It listens from the first call of one of these, of port or url: OSError if it cannot. stop() and
-    reload_tls() are for any thread.
+    reload() are for any thread.
     """
     __slots__ = (
-        "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
-        "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive", "now", "stopping",
+        "params", "transport", "access", "heads", "responses", "connections", "held", "requests",
+        "accepted", "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive", "now",
+        "stopping",
         "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)
         scheme = "https" if params.tls_cert_file else "http"
         self.transport = transports[scheme](params)
-        self.heads = Heads(params.memo_size, scheme)
+        self.access = Access(params)
+        self.heads = Heads(params.memo_size, scheme, self.access)
         try:
             self.responses = Responses(params.buf_size)
         except MemoryError:
@@ -3590,7 +3881,7 @@ class Server:
             self.evicting = False
         return True
 
-    def _has_place(self) -> bool:
+    def has_place(self) -> bool:
         """Whether one more connection may be taken in."""
         loop = self.loop
         while len(self.connections) + len(loop.closing) >= self.params.max_open:
@@ -3616,6 +3907,8 @@ class Server:
     def forget(self, connection: Connection) -> None:
         """A connection has ended. Its socket is closed at the end of the turn."""
         self.connections.discard(connection)
+        if self.access.most:
+            self.access.leave(connection.client()[0])
         loop = self._loop
         if loop is None:                        # a handler has outlasted it
             connection.sock.close()
@@ -3774,20 +4067,25 @@ class Server:
         heapq.heappush(self.loop.timers, timer)
         return timer
 
-    def reload_tls(self) -> bool:
-        """Use the certificate, key and CA that are in the files now from here on. Any thread.
+    def reload(self) -> bool:
+        """Use the certificate, key, CA and password that are in the files now from here on.
 
-        False if that cannot be: the log says why, and the old ones are used on.
+        False if that cannot be: the log says why, and the old ones are used on. Any thread.
         """
-        if self.transport.context is None:
-            log.warning("there is nothing to reload: tls_cert_file and tls_key_file are not set")
+        params = self.params
+        if not params.tls_cert_file and not params.auth_password.startswith("file:"):
+            log.warning("there is nothing to reload: no certificate and no password file is set")
             return False
         try:
-            self.transport = transports[self.transport.scheme](self.params)
+            transport = transports[self.transport.scheme](params)
+            access = Access(params)
         except ConfigError as error:
-            log.error("the certificate is not loaded anew: %s", error)
+            log.error("nothing is loaded anew: %s", error)
             return False
-        log.info("%s has been loaded anew", self.params.tls_cert_file)
+        access.connections = self.access.connections
+        self.transport, self.access = transport, access
+        self.heads = Heads(params.memo_size, transport.scheme, access)      # what they were told
+        log.info("certificate and password have been loaded anew")
         return True
 
     def _open(self) -> Optional[Loop]:
@@ -3798,6 +4096,7 @@ class Server:
                 self._address = loop.listener.address
                 loop.set_accepting(True, self._accept)
                 servers.add(self)
+                warn_of_open_roots(self.params)
             return self._loop
 
     def _serve(self, loop: Loop, started: threading.Event) -> None:
@@ -3877,13 +4176,10 @@ class Server:
                 return
             self.accepted += 1
             connection, before = Connection(self, sock, peer), self.requests
-            room = self._has_place()
+            full = find_full(connection)
             self.connections.add(connection)
-            if not room:
-                self.turned_away.append(connection)
-                if len(self.turned_away) > TURNED_AWAY:
-                    self.turned_away.popleft().close()
-                turn_away(connection)
+            if full:
+                turn_away(connection, full)
                 continue
             connection.turn()
             if self.requests == before and connection.is_silent():
@@ -4547,8 +4843,8 @@ def read_call(value: Any) -> Call:
     command = None
     if not fault:
         command = mi_commands.get(str(method))
-    answered = "id" in value or fault != ""
-    return Call(fault, str(method), command, value.get("params", {}), text, answered)
+    given = value.get("params", {})
+    return Call(fault, str(method), command, given, text, "id" in value or fault != "")
 
 
 def perform(call: Call, in_thread: bool = False) -> str:
@@ -4630,9 +4926,6 @@ class Batch:
         return "[%s]" % ",".join(members)
 
 
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
 def is_own_origin(request: Request) -> bool:
     """Whether the page that sends a request comes from this server (RFC 6454, 4).
 
@@ -4640,7 +4933,7 @@ def is_own_origin(request: Request) -> bool:
     """
     try:
         origin = urlsplit(request.headers["origin"])
-        own = urlsplit("//" + request.headers.get("host", ""))
+        own = urlsplit("//" + request.host)
         theirs, ours = DEFAULT_PORTS[origin.scheme], DEFAULT_PORTS[request.scheme]
         same_port = (origin.port or theirs) == (own.port or ours)
     except (KeyError, ValueError):
@@ -4676,7 +4969,9 @@ def check_mi_request(request: Request) -> None:
     """Two fields keep the pages of other web sites from posting commands."""
     if request.media_type not in (JSON, "text/xml"):
         raise HTTPError(415, "the Content-Type must be application/json")
-    if "origin" in request.headers and not is_own_origin(request):
+    headers = request.headers
+    foreign = "origin" in headers and not is_own_origin(request)
+    if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise HTTPError(403, "pages of another origin may not send commands")
 
 
@@ -4779,7 +5074,7 @@ def mi_ps() -> dict[str, list[dict[str, Any]]]:
 def load_mi_http(parameters: dict[str, Any]) -> None:
     mi_root = MIRoot(parameters["pretty_printing"] == 1)
     register_httpdcb("mi_http", parameters["root"], mi_root.answer, mi_root.flush,
-                     methods=("POST",), content_type=JSON)
+                     methods=("POST",), content_type=JSON, management=True)
 
 
 BUILT_IN["mi_http"] = load_mi_http
@@ -5198,7 +5493,7 @@ def say(text: str) -> None:
 
 
 def run(**parameters: Any) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload_tls().
+    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload().
 
     Main thread. ConfigError, or OSError if it cannot listen.
     """
@@ -5216,7 +5511,7 @@ def run(**parameters: Any) -> None:
         stopped.append(number)
 
     def renew(number: int, frame: Any) -> None:
-        server.reload_tls()
+        server.reload()
 
     wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: renew}
     previous = {}
@@ -5255,12 +5550,16 @@ def describe_parameters() -> str:
 def print_in_force() -> None:
     """What -t shows: the parameters, in the form of a configuration, and what is served."""
     server = Server()
+    secrets = {row.name for row in PARAMETERS["httpd"] if row.kind == "secret"}
     for module in ["httpd", *loaded]:
         print("[%s]" % module)
         for name, value in in_force(module).items():
             if module == "httpd":
                 value = getattr(server.params, name)        # zeros resolved
-            print("%s = %s" % (name, value))
+            if name in secrets and value:
+                print("# %s is set" % name)
+            else:
+                print("%s = %s" % (name, value))
         print()
     plan = server.transport.plan
     if plan is not None:

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -49,7 +50,7 @@ import httpd
 HERE = pathlib.Path(__file__).parent
 HOST = b"Host: example\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-LOCAL = {"ip": "127.0.0.1", "port": 0}
+LOCAL = {"ip": "127.0.0.1", "port": 0, "allowed_hosts": "*"}
 REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "observers", "known_methods")
 ended = math.inf  # so many answers never come: what is due is the end of the connection
 
@@ -1565,6 +1566,279 @@ def test_multipart_of_any_bytes(server):
             post(raw, b"Content-Type: multipart/form-data; boundary=b", path=b"/h"),
         )
         assert got[0].content == content
+
+
+# -------------------------------------------------------------------------------------------------------------- Access
+
+def basic(text):
+    return b"Authorization: Basic " + base64.b64encode(text.encode())
+
+
+@pytest.fixture
+def guarded():
+    """A server with a password."""
+    httpd.register_httpdcb("test", "echo", lambda request, page: page.write(request.user), methods=("GET", "POST"))
+    server = httpd.Server(**LOCAL, auth_username="jürgen", auth_password="pa:ss wörd", auth_realm='a "b" \\c')
+    yield server
+    server.stop(0)
+
+
+CREDENTIAL_ROWS = [
+    (basic("jürgen:pa:ss wörd"), 200, "right, UTF-8, with a colon"),
+    (basic("jürgen:pa:ss wörd").replace(b"Basic", b"bAsIC"), 200, "the scheme in any case (RFC 9110, 11.1)"),
+    (basic("jürgen:pa:ss wörd").replace(b"Basic ", b"Basic  "), 200, "two blanks"),
+    (b"X: y", 401, "none"),
+    (b"Authorization:", 401, "an empty field"),
+    (b"Authorization: Basic", 401, "no credentials"),
+    (b"Authorization: Basic !!!!", 401, "no base64"),
+    (b"Authorization: Basic \xff\xff", 401, "no ASCII"),
+    (b"Authorization: Bearer " + base64.b64encode("jürgen:pa:ss wörd".encode()), 401, "another scheme"),
+    (basic("jürgen:pa:ss word"), 401, "a wrong password"),
+    (basic("jürgen:pa"), 401, "the beginning of it"),
+    (basic("jürgen:pa:ss wörd "), 401, "more behind it"),
+    (basic("jurgen:pa:ss wörd"), 401, "a wrong name"),
+    (basic("jürgen"), 401, "no colon"),
+    (basic(""), 401, "empty"),
+    (basic("jürgen:pa:ss wörd") + b"\r\n" + basic("x:y"), 401, "two of them, joined by a comma"),
+    (b"Proxy-" + basic("jürgen:pa:ss wörd"), 401, "another field"),
+]
+
+
+@table("field, status", CREDENTIAL_ROWS)
+def test_basic_authentication(guarded, field, status):
+    """Whatever has been remembered before: right and wrong ones in turns, with new and with known request lines."""
+    right = basic("jürgen:pa:ss wörd")
+    for path in (b"/echo", b"/echo", b"/echo?x", b"/echo"):
+        for one, expected in ((field, status), (right, 200), (field, status), (b"A: b", 401)):
+            answer, = answers(exchange(guarded, get(path, one))[0])
+            assert answer.status == expected
+            assert answer.headers["WWW-Authenticate"] == (
+                'Basic realm="a \\"b\\" \\\\c"' if expected == 401 else None)
+            assert expected == 401 or answer.body == "jürgen".encode()
+
+
+@table("raw, status", [
+    (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 401, "before 404 tells what there is"),
+    (b"PUT /echo HTTP/1.1\r\nHost: x\r\n\r\n", 401, "before 405"),
+    (b"OPTIONS /echo HTTP/1.1\r\nHost: x\r\n\r\n", 401, "OPTIONS too"),
+    (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 401, "the server as a whole"),
+    (b"GET http://x/echo HTTP/1.1\r\nHost: x\r\n\r\n", 401, "absolute-form"),
+    (b"GET /echo HTTP/1.0\r\n\r\n", 401, "HTTP/1.0"),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n", 401, "before 413"),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n", 401, "no 100 before it"),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: x\r\n\r\n", 401, "before 417"),
+    (b"BREW /echo HTTP/1.1\r\nHost: x\r\n\r\n", 501, "behind the grammar and the method"),
+    (b"GET /echo HTTP/1.1\r\n\r\n", 400, "behind Host"),
+])
+def test_credentials_are_asked_for_in_their_turn(guarded, raw, status):
+    for _ in range(2):
+        assert answers(exchange(guarded, raw)[0])[0].status == status
+
+
+def test_a_refused_head_keeps_nothing_alive(guarded):
+    for _ in range(5):
+        exchange(guarded, get(b"/echo"))
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(50):
+        assert exchange(guarded, get(b"/echo"))[0].startswith(b"HTTP/1.1 401 ")
+    gc.collect()
+    assert len(gc.get_objects()) - before < 50 and guarded.held == 0
+
+
+def test_a_password_in_a_file(tmp_path, caplog):
+    path = tmp_path / "password"
+    path.write_text("first\n")
+    path.chmod(0o640)
+    httpd.register_httpdcb("test", "echo", echo)
+    httpd.load_config(config(tmp_path, "[httpd]\nauth_username = u\nauth_password = file:password\n"))
+    server = httpd.Server(**LOCAL)
+    assert caplog.text == ""
+    for _ in range(2):
+        assert answers(exchange(server, get(b"/echo", basic("u:first")))[0])[0].status == 200
+        assert answers(exchange(server, get(b"/echo", basic("u:second")))[0])[0].status == 401
+    path.write_text("")
+    assert server.reload() is False and "password is empty" in caplog.text
+    assert answers(exchange(server, get(b"/echo", basic("u:first")))[0])[0].status == 200  # what was good still is
+    path.write_text("second\r\n")
+    path.chmod(0o644)
+    assert server.reload() is True and "is open to everybody: chmod o=" in caplog.text
+    for _ in range(2):
+        assert answers(exchange(server, get(b"/echo", basic("u:first")))[0])[0].status == 401
+        assert answers(exchange(server, get(b"/echo", basic("u:second")))[0])[0].status == 200
+    server.stop(0)
+
+
+@table("values, message", [
+    (dict(auth_username="x"), "auth_username is set without auth_password: set both", "one half"),
+    (dict(auth_password="x"), "auth_password is set without auth_username: set both", "the other half"),
+    (dict(auth_username="a:b", auth_password="x"), "a name cannot have a colon", "RFC 7617, 2"),
+    (dict(auth_username="a", auth_password="file:/nowhere"), "/nowhere cannot be read: No such file", "no file"),
+    (dict(auth_username="a", auth_password="b", auth_realm="x\r\ny"), "auth_realm: ", "a line end in a field"),
+    (dict(trusted_proxies="10.0.0.0/40"), "write an address, or a network such as 10.0.0.0/8", "no network"),
+    (dict(trusted_proxies="10.0.0.1/8"), "has host bits set", "an address for a network"),
+    (dict(trusted_proxies="proxy"), "write an address", "a name"),
+])
+def test_access_parameters_that_cannot_be(values, message):
+    with pytest.raises(httpd.ConfigError, match=re.escape(message)):
+        httpd.Server(**{**LOCAL, **values})
+
+
+HOST_ROWS = [
+    ("example.com, 10.0.0.5", b"example.com", 200, "listed"),
+    ("example.com, 10.0.0.5", b"EXAMPLE.com:8000", 200, "any case, any port"),
+    ("example.com, 10.0.0.5", b"example.com.", 200, "with the dot of the root"),
+    ("example.com 10.0.0.5", b"10.0.0.5:80", 200, "an address"),
+    ("::1", b"[::1]:80", 200, "IPv6"),
+    ("[::1]", b"[::1]", 200, "IPv6 in brackets"),
+    ("example.com", b"example.com.evil", 421, "a longer name"),
+    ("example.com", b"www.example.com", 421, "a name below it"),
+    ("example.com", b"evil", 421, "another name"),
+    ("example.com", None, 200, "HTTP/1.0 without the field"),
+    ("*", b"evil", 200, "any"),
+]
+
+
+@table("allowed, host, status", HOST_ROWS)
+def test_allowed_hosts(allowed, host, status):
+    httpd.register_httpdcb("test", "echo", echo)
+    server = httpd.Server(**{**LOCAL, "allowed_hosts": allowed})
+    raw = b"GET /echo HTTP/1.0\r\n\r\n" if host is None else b"GET /echo HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"
+    for _ in range(3):
+        assert answers(exchange(server, raw)[0])[0].status == status
+    if host is not None:  # the target's host counts, not the field (RFC 9112, 3.2.2)
+        raw = b"GET http://" + host + b"/echo HTTP/1.1\r\nHost: example.com\r\n\r\n"
+        assert answers(exchange(server, raw)[0])[0].status == status
+    server.stop(0)
+
+
+@table("allowed, host, status", [
+    ("", b"localhost:8888", 200, "localhost"),
+    ("", b"LOCALHOST", 200, "any case"),
+    ("", b"127.0.0.1", 200, "a loopback address"),
+    ("", b"127.9.9.9:1", 200, "another"),
+    ("", b"[::1]:8888", 200, "of IPv6"),
+    ("", b"evil.example", 421, "DNS rebinding: a page's own name, with our address"),
+    ("", b"127.0.0.1.evil.example", 421, "a name that begins like an address"),
+    ("", b"localhost.evil.example", 421, "a name that begins like ours"),
+    ("evil.example", b"evil.example", 200, "the operator has allowed it"),
+    ("*", b"evil.example", 200, "any"),
+])
+def test_dns_rebinding_does_not_reach_the_management(allowed, host, status):
+    httpd.loadmodule("mi_http")
+    httpd.register_httpdcb("test", "echo", echo)
+    server = httpd.Server(**{**LOCAL, "allowed_hosts": allowed})
+    call = b'{"jsonrpc":"2.0","method":"version","id":1}'
+    raw = (b"POST /mi HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nOrigin: http://%s\r\n"
+           b"Content-Length: %d\r\n\r\n%s" % (host, host, len(call), call))
+    for _ in range(3):
+        assert answers(exchange(server, raw)[0])[0].status == status
+    assert answers(exchange(server, b"GET /echo HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")[0])[0].status == 200
+    server.stop(0)
+
+
+@table("field, status", [
+    (b"Sec-Fetch-Site: same-origin", 200, "its own page"),
+    (b"Sec-Fetch-Site: none", 200, "the user"),
+    (b"Sec-Fetch-Site: same-site", 403, "a neighbour"),
+    (b"Sec-Fetch-Site: cross-site", 403, "another site, even without Origin"),
+])
+def test_what_browsers_say_of_the_page_that_asks(mi, field, status):
+    assert mi(b'{"jsonrpc":"2.0","method":"version","id":1}', b"application/json", field).status == status
+
+
+PROXY_ROWS = [
+    ([b"X-Forwarded-For: 1.2.3.4"], "1.2.3.4", "http", "example", "the client"),
+    ([b"X-Forwarded-For: 6.6.6.6, 1.2.3.4"], "1.2.3.4", "http", "example", "what stands left is the client's text"),
+    ([b"X-Forwarded-For: 6.6.6.6, 1.2.3.4, 10.1.1.1"], "1.2.3.4", "http", "example", "another proxy on the way"),
+    ([b"X-Forwarded-For: 6.6.6.6", b"X-Forwarded-For: 1.2.3.4"], "1.2.3.4", "http", "example", "two fields"),
+    ([b"X-Forwarded-For: 10.1.1.1"], "10.1.1.1", "http", "example", "only proxies"),
+    ([b"X-Forwarded-For: 1.2.3.4:567"], "1.2.3.4", "http", "example", "with a port"),
+    ([b"X-Forwarded-For: [2001:db8::1]:567"], "2001:db8::1", "http", "example", "IPv6 with a port"),
+    ([b"X-Forwarded-For: 2001:db8::1"], "2001:db8::1", "http", "example", "IPv6"),
+    ([b"X-Forwarded-For: unknown"], "127.0.0.1", "http", "example", "no address: the proxy itself"),
+    ([b"X-Forwarded-For: 1.2.3.4, evil\""], "127.0.0.1", "http", "example", "rubbish from the right"),
+    ([b"X-Forwarded-For: 1.2.3"], "127.0.0.1", "http", "example", "no whole address"),
+    ([b"X-Forwarded-For:"], "127.0.0.1", "http", "example", "empty"),
+    ([b"X-Forwarded-Proto: https"], "127.0.0.1", "https", "example", "TLS has ended before us"),
+    ([b"X-Forwarded-Proto: javascript"], "127.0.0.1", "http", "example", "another scheme"),
+    ([b"X-Forwarded-Host: public.example"], "127.0.0.1", "http", "public.example", "the host"),
+]
+
+
+@table("fields, client, scheme, host", PROXY_ROWS)
+def test_trusted_proxies(fields, client, scheme, host):
+    httpd.register_httpdcb("test", "h", lambda request, page: json.dump(
+        [request.client[0], request.scheme, request.host], page))
+    for proxies, expected in (
+            ("127.0.0.0/8, 10.0.0.0/8", [client, scheme, host]), ("10.0.0.0/8", ["127.0.0.1", "http", "example"]),
+            ("", ["127.0.0.1", "http", "example"])):
+        server = httpd.Server(**LOCAL, trusted_proxies=proxies)
+        for _ in range(2):
+            assert answers(exchange(server, get(b"/h", *fields))[0])[0].json() == expected
+        server.stop(0)
+
+
+def test_the_origin_behind_a_trusted_proxy():
+    httpd.loadmodule("mi_http")
+    call = b'{"jsonrpc":"2.0","method":"version","id":1}'
+    fields = (b"Content-Type: application/json", b"X-Forwarded-Host: public.example", b"Origin: https://public.example")
+    for proxies, status in (("127.0.0.1", 200), ("", 403)):
+        server = httpd.Server(**LOCAL, trusted_proxies=proxies)
+        for proto in (b"X-Forwarded-Proto: https", b"X-Forwarded-Proto: http"):
+            raw = post(call, *fields, proto, path=b"/mi")
+            assert answers(exchange(server, raw)[0])[0].status == status
+        server.stop(0)
+
+
+def test_connections_of_one_address_are_limited():
+    httpd.register_httpdcb("test", "echo", echo)
+    server = httpd.Server(**LOCAL, max_connections_per_ip=3)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            held = [stack.enter_context(connect(server)) for _ in range(3)]
+            for client in held:
+                client.sendall(get())
+                assert pump(server, client)[0].startswith(b"HTTP/1.1 200 ")
+            data, end = exchange(server, get())
+            assert data.startswith(b"HTTP/1.1 503 ") and b"max_connections_per_ip" in data and end == "closed"
+            for client in held:
+                client.close()
+            wait_for(lambda: not server.connections, server)
+    assert server.access.connections == {}
+    server.stop(0)
+    server = httpd.Server(**LOCAL, max_connections_per_ip=1, trusted_proxies="127.0.0.1")
+    with connect(server) as client:
+        client.sendall(get())
+        pump(server, client)
+        assert exchange(server, get())[0].startswith(b"HTTP/1.1 200 ")  # a proxy speaks for many
+    server.stop(0)
+
+
+def test_a_network_of_ipv6_counts_as_one():
+    access = httpd.Access(httpd.Limits(max_connections_per_ip=1))
+    assert access.enter("2001:db8:1:2::1") and not access.enter("2001:db8:1:2:ffff::2%eth0")
+    assert access.enter("2001:db8:1:3::1") and access.enter("1.2.3.4") and not access.enter("1.2.3.4")
+
+
+@table("values, warned", [
+    (dict(ip="0.0.0.0"), True, "open to everybody"),
+    (dict(ip="127.0.0.1"), False, "loopback"),
+    (dict(ip="0.0.0.0", auth_username="a", auth_password="b"), False, "a password"),
+])
+def test_an_open_management_interface_is_warned_of(values, warned, caplog):
+    httpd.loadmodule("mi_http")
+    server = httpd.Server(port=0, **values)
+    assert server.port
+    assert ("whoever reaches /mi may give orders: set ip = 127.0.0.1" in caplog.text) == warned
+    server.stop(0)
+
+
+def test_a_password_is_not_printed(tmp_path):
+    path = config(tmp_path, "[httpd]\nauth_username = me\nauth_password = secret\n")
+    with command("-t", path) as process:
+        output, errors = process.communicate(timeout=20)
+    assert "auth_username = me" in output and "# auth_password is set" in output and "secret" not in output + errors
 
 
 # --------------------------------------------------------------------------------------------------------------- Heads
@@ -3710,7 +3984,7 @@ COST_ROWS = [
     (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 18, "a field never seen before"),
     (lambda number: get(b"/h") * 16, 16, 70, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"),
-     1, 20, "JSON-RPC"),
+     1, 23, "JSON-RPC"),
 ]
 
 
@@ -4611,21 +4885,21 @@ def test_a_renewed_certificate_needs_no_restart(https, pki, tmp_path, caplog):
     with connect_tls(server, client_context()) as old:
         old.handshake()
         cert.write_bytes(b"half of it")
-        assert server.reload_tls() is False and "has no BEGIN CERTIFICATE" in caplog.text  # the old one stays
+        assert server.reload() is False and "has no BEGIN CERTIFICATE" in caplog.text  # the old one stays
         cert.write_bytes((pki / "ec.pem").read_bytes())
-        assert server.reload_tls() is False  # the old key does not fit
+        assert server.reload() is False  # the old key does not fit
         with connect_tls(server, client_context()) as client:
             client.handshake()
             assert client.tls.getpeercert(True) == old.tls.getpeercert(True)
         key.write_bytes((pki / "ec.key").read_bytes())
-        assert server.reload_tls() is True
+        assert server.reload() is True
         with connect_tls(server, client_context()) as client:
             client.handshake()
             assert client.tls.getpeercert(True) != old.tls.getpeercert(True)
             assert client.ask(get())[0].status == 200
         assert old.ask(get())[0].status == 200  # and old connections live on
     with httpd.Server(**LOCAL) as plain:
-        assert plain.reload_tls() is False
+        assert plain.reload() is False
 
 
 # SIGHUP while a file is being replaced: FileNotFoundError is no SSLError; out of the signal handler it ended run().
@@ -4644,8 +4918,8 @@ def test_a_file_that_goes_during_reload(https, pki, tmp_path, monkeypatch, caplo
             os.unlink(path)
 
     monkeypatch.setattr(httpd, "check_pem", check_and_remove)
-    assert server.reload_tls() is False
-    assert "is not loaded anew" in caplog.text
+    assert server.reload() is False
+    assert "nothing is loaded anew" in caplog.text
     assert gone in caplog.text
 
 
@@ -6011,7 +6285,7 @@ def test_a_banner_that_cannot_be_printed_is_no_reason_not_to_serve(tmp_path, rea
 
 def serves(port):
     with contextlib.suppress(ConnectionRefusedError):
-        return raw_get(port, raw=get(b"/mi")) == 405
+        return raw_get(port, raw=get(b"/nothing")) == 404
 
 
 # README: "Every mistake is a line FILE:LINE: MODULE: what to do". What comes from the files has neither.

@@ -663,10 +663,15 @@ def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> Non
     """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
     try:
         callback(*arguments)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        log.exception("%s failed", what)
+    except BaseException as error:
+        survive(what, error)
+
+
+def survive(what: str, error: BaseException) -> None:
+    """The same for what has been raised."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    log.error("%s failed", what, exc_info=error)
 
 
 def initialize_late() -> None:
@@ -1822,7 +1827,8 @@ SLOTS_USED = len(CELLS)
 
 # Upper bounds of a slot's buckets, in seconds; one more bucket takes the rest.
 BUCKET_BOUNDS = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 # The numbers of a slot: the buckets, whose sum is the count,
 BUCKETS = len(BUCKET_BOUNDS) + 1
 MICROSECONDS = BUCKETS                          # then sums
@@ -1854,7 +1860,8 @@ class Counters:
     """
 
     def __init__(self, rows: int = 1) -> None:
-        cells = memoryview(mmap.mmap(-1, 8 * ROW_SIZE * (rows + 1))).cast("Q")
+        memory = mmap.mmap(-1, 8 * ROW_SIZE * (rows + 1))
+        cells = memoryview(memory).cast("Q")
         starts = range(0, len(cells), ROW_SIZE)
         *self.rows, self.taken_off = [cells[start:start + ROW_SIZE] for start in starts]
         self._lock = threading.RLock()
@@ -1895,7 +1902,8 @@ class Counters:
 
     def totals(self) -> list[int]:
         """The sums over the processes of CELLS."""
-        return [sum(row[cell] for row in self.rows) for cell in range(len(CELLS))]
+        cells = range(SLOTS_USED)
+        return [sum(row[cell] for row in self.rows) for cell in cells]
 
     def series(self) -> dict[Series, list[int]]:
         """The numbers of each series, summed over the processes."""
@@ -2086,6 +2094,8 @@ class Response(NamedTuple):
 # and when it was begun, in seconds of time.monotonic(). No NamedTuple: that costs 0.2 us.
 Ended = Tuple[Optional[Request], bytes, int, int, float]
 
+new_tuple = tuple.__new__       # of a NamedTuple: 0.2 us less than by its name
+
 # Called once for each response, when its end is known, in the server's thread.
 observers: list[Callable[[Response], Any]] = []
 
@@ -2093,9 +2103,13 @@ observers: list[Callable[[Response], Any]] = []
 def tell_observers(connection: Connection, responses: list[Ended], whole: bool) -> None:
     now = time.monotonic()
     for request, garbage, status, size, begun in responses:
-        response = Response(connection, request, garbage, status, size, now - begun, whole)
+        response = new_tuple(
+            Response, (connection, request, garbage, status, size, now - begun, whole))
         for observer in tuple(observers):           # one may take itself out
-            call_safely("an observer", observer, response)
+            try:
+                observer(response)
+            except BaseException as error:
+                survive("an observer", error)
 
 
 class Unsent:
@@ -4761,6 +4775,7 @@ METRIC_NAME = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_NAME = re.compile("(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 QUALITY = re.compile(r"[01](?:\.[0-9]{0,3})?")
 ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r'\"'})
+HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})        # of 0.0.4
 
 
 class Snapshot(NamedTuple):
@@ -4779,7 +4794,8 @@ class Metric(NamedTuple):
 metrics: dict[str, Metric] = {}                         # by name, in the order of registration
 
 
-def sample(name: str, labels: Sequence[str], values: Sequence[Any], number: float) -> str:
+def sample(
+        name: str, labels: Sequence[str], values: Sequence[Any], number: float) -> str:
     """A line of the text. TypeError, if it is no number."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError("%r is no number" % (number,))
@@ -4796,8 +4812,9 @@ def sample(name: str, labels: Sequence[str], values: Sequence[Any], number: floa
     return "%s{%s} %s" % (name, ",".join(pairs), text)
 
 
-def register_metric(name: str, kind: str, help: str, function: Callable[[], Any], *,
-                    labels: Sequence[str] = ()) -> None:
+def register_metric(
+        name: str, kind: str, help: str, function: Callable[[], Any],
+        *, labels: Sequence[str] = ()) -> None:
     """Show a number of the program's own where the module prometheus answers.
 
     name      as Prometheus wants it, such as mail_queue_bytes; that of a counter ends in _total
@@ -4845,7 +4862,8 @@ def check_metric(name: str, kind: str, function: Any, labels: Sequence[str]) -> 
         raise ConfigError('metric "%s": %s' % (name, problem))
 
 
-def show_cells(name: str, kind: str, help: str, label: str, cells: Mapping[str, int]) -> None:
+def show_cells(
+        name: str, kind: str, help: str, label: str, cells: Mapping[str, int]) -> None:
     """A metric of cells, by the value of its label; if that is empty there is one cell only."""
     def lines(snapshot: Snapshot) -> Iterable[str]:
         for value, cell in cells.items():
@@ -4937,7 +4955,10 @@ def count_response(response: Response) -> None:
         series = ("httpd_requests_total", request._root.name, request._head.method, status)
     place = counters.slots.get(series) or counters.slot(series)
     row = counters.row
-    row[place + bisect_left(BUCKET_BOUNDS, seconds)] += 1
+    bucket = place
+    if seconds > BUCKET_BOUNDS[0]:                      # seldom: saves 0.1 us
+        bucket += bisect_left(BUCKET_BOUNDS, seconds)
+    row[bucket] += 1
     row[place + MICROSECONDS] += int(seconds * 1e6)
     row[place + CONTENT_BYTES] += size
 
@@ -4945,6 +4966,9 @@ def count_response(response: Response) -> None:
 def exposition(snapshot: Snapshot, openmetrics: bool) -> str:
     """The text. A metric that fails is logged and left out."""
     text = []
+    escapes = HELP_ESCAPES
+    if openmetrics:
+        escapes = ESCAPES
     for name, metric in tuple(metrics.items()):
         try:
             lines = list(metric.lines(snapshot))
@@ -4954,7 +4978,7 @@ def exposition(snapshot: Snapshot, openmetrics: bool) -> str:
         family = name
         if openmetrics:
             family = re.sub("_total$", "", name)
-        text.append("# HELP %s %s" % (family, metric.help.translate(ESCAPES)))
+        text.append("# HELP %s %s" % (family, metric.help.translate(escapes)))
         text.append("# TYPE %s %s" % (family, metric.kind))
         text += lines
     if openmetrics:

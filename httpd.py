@@ -1808,8 +1808,8 @@ CELLS = (
     "connections", "connections_idle", "connections_receiving", "connections_sending",
     "connections_suspended", "connections_closing", "held_bytes", "budget_bytes")
 REQUESTS = CELLS.index("requests")              # answered
-ACCEPTED = CELLS.index("accepted")              # connections taken in,
-REFUSED_CONNECTIONS = CELLS.index("refused")                # of them turned away: there was no place,
+ACCEPTED = CELLS.index("accepted")              # connections
+REFUSED_CONNECTIONS = CELLS.index("refused")    # of them turned away: there was no place
 EVICTED = CELLS.index("evicted")                # and closed because others needed the room
 IDLE_TIMEOUTS = CELLS.index("timeouts_idle")
 HEAD_TIMEOUTS = CELLS.index("timeouts_head")
@@ -1898,7 +1898,7 @@ class Counters:
     def add(self, *series: str) -> None:
         """Count one of a series."""
         with self._lock:
-            self.row[self.slot(series)] += 1
+            self.row[self.slots.get(series) or self.slot(series)] += 1
 
     def totals(self) -> list[int]:
         """The sums over the processes of CELLS."""
@@ -4766,8 +4766,8 @@ register_mi("ps", mi_ps)
 
 
 # --------------------------------------------------------------------------------------- prometheus
-# What happens in a server, as text for Prometheus (0.0.4) or OpenMetrics (1.0). Of what clients send
-# only methods that are known are labels: nobody can make series without end.
+# What happens in a server, as text for Prometheus (0.0.4) or OpenMetrics (1.0). Of what clients
+# send only methods that are known are labels: nobody can make series without end.
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -4827,7 +4827,7 @@ def register_metric(
 
     ConfigError: a name that will not do, or is taken; no function. Any thread.
     """
-    check_metric(name, kind, function, labels)
+    check_metric(name, kind, help, function, labels)
 
     def lines(snapshot: Snapshot) -> Iterable[str]:
         found = function()
@@ -4843,7 +4843,7 @@ def register_metric(
     metrics[name] = Metric(kind, help, lines)
 
 
-def check_metric(name: str, kind: str, function: Any, labels: Sequence[str]) -> None:
+def check_metric(name: str, kind: str, help: Any, function: Any, labels: Any) -> None:
     problem = ""
     families = [re.sub("_total$", "", taken) for taken in metrics]
     if not METRIC_NAME.fullmatch(name):
@@ -4854,6 +4854,8 @@ def check_metric(name: str, kind: str, function: Any, labels: Sequence[str]) -> 
         problem = "the name of a counter ends in _total, and that of no gauge"
     elif name.startswith("httpd_") or re.sub("_total$", "", name) in families:
         problem = "the name is taken"
+    elif not isinstance(help, str) or not help:
+        problem = "the help says nothing"
     elif not callable(function):
         problem = "no function: %r" % (function,)
     elif isinstance(labels, str) or not all(map(LABEL_NAME.fullmatch, labels)):
@@ -4972,8 +4974,8 @@ def exposition(snapshot: Snapshot, openmetrics: bool) -> str:
     for name, metric in tuple(metrics.items()):
         try:
             lines = list(metric.lines(snapshot))
-        except Exception:
-            log.exception("the metric %s is left out", name)
+        except BaseException as error:
+            survive("the metric %s" % name, error)
             continue
         family = name
         if openmetrics:
@@ -5043,24 +5045,23 @@ def process_pages(place: int) -> int:
 
 
 # As the client libraries call them.
-PROCESS_METRICS: tuple[tuple[str, str, str, Callable[[], float]], ...] = (
-    ("process_cpu_seconds_total", "counter", "User and system CPU time.", time.process_time),
-    ("process_open_fds", "gauge", "Open file descriptors.",
-     lambda: len(os.listdir("/proc/self/fd")) - 1),
-    ("process_max_fds", "gauge", "The limit of open file descriptors.",
-     lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-    ("process_virtual_memory_bytes", "gauge", "Virtual memory.", lambda: process_pages(0)),
-    ("process_resident_memory_bytes", "gauge", "Resident memory.", lambda: process_pages(1)),
-    ("process_start_time_seconds", "gauge", "Start of the process, in seconds since 1970.",
-     process_start),
-)
+register_metric("process_cpu_seconds_total", "counter", "User and system CPU time.",
+                time.process_time)
+register_metric("process_open_fds", "gauge", "Open file descriptors.",
+                lambda: len(os.listdir("/proc/self/fd")))
+register_metric("process_max_fds", "gauge", "The limit of open file descriptors.",
+                lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+register_metric("process_virtual_memory_bytes", "gauge", "Virtual memory.",
+                lambda: process_pages(0))
+register_metric("process_resident_memory_bytes", "gauge", "Resident memory.",
+                lambda: process_pages(1))
+register_metric("process_start_time_seconds", "gauge", "Start, in seconds since 1970.",
+                process_start)
 
 
 def load_prometheus(parameters: dict[str, Any]) -> None:
     register_httpdcb("prometheus", parameters["root"], answer_metrics, flush_metrics,
                      content_type=TEXT, methods=("GET",))
-    for row in PROCESS_METRICS:
-        register_metric(*row)
     observers.append(count_response)
 
 

@@ -4839,7 +4839,9 @@ def test_a_batch_whose_answer_outgrows_the_page(server):
 def test_batches_are_bounded(mi):
     call = {"jsonrpc": "2.0", "method": "x"}
     assert mi([call] * 26).status == 202  # as many as the smallest post_buf_size takes
-    told = httpd.begin_mi(types.SimpleNamespace(body=json.dumps([call] * 101).encode()))
+    server = types.SimpleNamespace(counters=httpd.Counters())
+    connection = types.SimpleNamespace(server=server)
+    told = httpd.begin_mi(types.SimpleNamespace(body=json.dumps([call] * 101).encode(), _connection=connection))
     assert json.loads(told)["error"]["code"] == -32600
 
 

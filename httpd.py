@@ -63,6 +63,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -73,7 +74,6 @@ from contextvars import copy_context
 from email.utils import formatdate
 from http import HTTPStatus
 from importlib import import_module
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Callable
@@ -91,6 +91,7 @@ from typing import Union
 from urllib.parse import parse_qsl
 from urllib.parse import unquote
 from urllib.parse import unquote_to_bytes
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     import argparse
@@ -192,7 +193,7 @@ def check_root(text: str) -> None:
 # By Parameter.kind: raises ValueError, which says what a text must be. The section TLS adds
 # "priority".
 checks: dict[str, Callable[[str], object]] = {
-    "text": str, "address": check_address, "root": check_root}
+    "text": str, "path": str, "address": check_address, "root": check_root}
 
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
@@ -200,23 +201,26 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
                   kind="address"),
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
         Parameter("memory_budget", 4 * 2**20,
-                  "bytes that a process may hold for all connections together", 2**16, 2**40),
+                  "bytes that a process may hold for all connections together", 2**17, 2**40),
         Parameter("buf_size", 0, "bytes of the response buffer; 0: a quarter of memory_budget",
                   256, zero=True),
         Parameter("post_buf_size", 1024,
-                  "bytes of the largest request content held in memory; larger: 413", 256),
-        Parameter("receive_buf_size", 0, "the same for content that is no form; 0: post_buf_size",
+                  "bytes of the largest form; larger: 413", 256),
+        Parameter("receive_buf_size", 16384,
+                  "bytes of the largest content that is no form, such as JSON; 0: post_buf_size",
                   256, zero=True),
         Parameter("wsgi_body_size", 2**26,
                   "bytes of the largest content for a WSGI application; larger: 413", 256),
         Parameter("spool_size", 2**28, "bytes of temporary files for what waits; 0: none", 2**16,
                   zero=True),
-        Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only"),
-        Parameter("tls_key_file", "", "its private key, PEM"),
+        Parameter("tls_cert_file", "", "certificate chain, PEM; with tls_key_file: HTTPS only",
+                  kind="path"),
+        Parameter("tls_key_file", "", "its private key, PEM", kind="path"),
         Parameter("tls_ciphers", "SECURE256:+SECURE192:-VERS-ALL:+VERS-TLS1.2",
                   "GnuTLS priority string", kind="priority"),
         Parameter("tls_ca_file", "",
-                  "CA certificates, PEM; clients must present a certificate signed by one"),
+                  "CA certificates, PEM; clients must present a certificate signed by one",
+                  kind="path"),
         Parameter("conn_timeout", 30.0, "seconds an idle connection is kept, or one whose client "
                   "takes less than 500 bytes a second; 0: for ever"),
         Parameter("request_timeout", 10.0,
@@ -229,7 +233,8 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     ),
     "mi_http": (
         Parameter("root", "mi", "root path of JSON-RPC", kind="root"),
-        Parameter("threads", 4, "threads for commands that take long", 1, 100)),
+        Parameter("threads", 4, "threads for commands that take long", 1, 100),
+        Parameter("pretty_printing", 0, "1: answers with line ends and indentation", 0, 1)),
     "prometheus": (
         Parameter("root", "metrics", "root path of the metrics", kind="root"),),
 }
@@ -250,13 +255,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ', did you mean "%s"?' % matches[0] if matches else ""
 
 
+# What other servers call it.
+SYNONYMS = {"host": "ip", "address": "ip", "bind": "ip", "listen": "ip"}
+
+
 def convert(module: str, name: str, value: Any) -> Any:
     """The value as its row wants it. A user's own module judges its values in mod_init."""
     if module not in PARAMETERS:
         return value
     rows = {row.name: row for row in PARAMETERS[module]}
     if name not in rows:
-        raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(name, rows)))
+        meant = SYNONYMS.get(name.lower(), name.lower())
+        raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(meant, rows)))
     try:
         return rows[name].convert(value)
     except ConfigError as error:
@@ -265,8 +275,17 @@ def convert(module: str, name: str, value: Any) -> Any:
         raise ConfigError("%s: %s %s, not %r" % (module, name, error, value), name) from None
 
 
+# Of OpenSIPS' mi_http: what it is called here; empty: there is nothing of the kind.
+OPENSIPS_NAMES = {"mi_http_root": "root", "trace_destination": "", "trace_bwlist": ""}
+
+
 def modparam(module: str, name: str, value: Any) -> None:
     """Set a parameter for what is made from now on, or ConfigError. Main thread, at start."""
+    if module == "mi_http" and name in OPENSIPS_NAMES:
+        old, name = name, OPENSIPS_NAMES[name]
+        if not name:
+            log.warning("mi_http: %s has no effect here", old)
+            return
     params.setdefault(module, {})[name] = convert(module, name, value)
 
 
@@ -303,6 +322,7 @@ class Limits:
     max_connections: int
     max_header_size: int
     grace_timeout: float
+    other_content: str      # the parameter that limits content which is no form
     memo_size: int          # bytes for heads that have been parsed
     held_size: int          # bytes for what is under way
     keep_alive: float       # conn_timeout, which has no end if that is 0
@@ -312,6 +332,7 @@ class Limits:
     def __init__(self, **overrides: Any) -> None:
         self.__dict__.update(in_force("httpd", **overrides))
         self._check_tls()
+        self.other_content = "receive_buf_size" if self.receive_buf_size else "post_buf_size"
         self.receive_buf_size = self.receive_buf_size or self.post_buf_size
         self._check_memory()
         self.buf_size = self.buf_size or self.memory_budget // 4
@@ -335,10 +356,26 @@ class Limits:
         request = self.max_header_size + max(self.post_buf_size, self.receive_buf_size)
         least = max(2 * request, 4 * (self.buf_size + request) // 3) + 4
         if self.memory_budget < least:
+            sizes = ("buf_size", "post_buf_size", "receive_buf_size", "max_header_size")
+            largest = max(sizes, key=self.__dict__.__getitem__)
             raise ConfigError(
-                "httpd: memory_budget %d has no room for buf_size and a whole request: "
-                "set it to at least %d" % (self.memory_budget, least),
-                "memory_budget")
+                "httpd: memory_budget %d has no room for buf_size and a whole request: lower %s, "
+                "or set memory_budget to at least %d" % (self.memory_budget, largest, least),
+                largest)
+
+
+# Modules that are being loaded; run() is not for them.
+loading: list[str] = []
+
+
+def describe(error: BaseException) -> str:
+    """What a program's own code has raised, and where: `KeyError: 'x', raised at FILE:LINE`."""
+    text = "%s: %s" % (type(error).__name__, error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    if frames:
+        text += ", raised at %s:%s" % (frames[-1].filename, frames[-1].lineno)
+    return text
 
 
 def loadmodule(name: str, **parameters: Any) -> None:
@@ -353,17 +390,19 @@ def loadmodule(name: str, **parameters: Any) -> None:
         raise ConfigError("%s: is loaded already" % name)
     if name == "httpd":             # the transport itself is always there
         return
+    loading.append(name)
     try:
         start_module(name)
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:              # of sys.exit() too
         log.debug("%s: traceback", name, exc_info=True)
         hint = ""
         if isinstance(error, ModuleNotFoundError):
             hint = nearest(name, ["httpd", *BUILT_IN])
-        reason = "%s: %s" % (type(error).__name__, error)
-        raise ConfigError("%s: cannot be loaded: %s%s" % (name, reason, hint)) from error
+        raise ConfigError("%s: cannot be loaded: %s%s" % (name, describe(error), hint)) from error
+    finally:
+        loading.pop()
     loaded.append(name)
 
 
@@ -410,14 +449,24 @@ def unquoted(text: str) -> str:
     return re.sub(r'\\(["\\])', r"\1", text[1:-1])
 
 
-def read_config(path: str, problems: list[str]) -> list[Setting]:
-    """The lines of a configuration. What cannot be read is added to `problems`."""
+def read_lines(path: str) -> list[str]:
+    """The lines of a text. ConfigError if it cannot be read."""
     try:
-        with open(path, encoding="utf-8-sig") as file:      # some editors begin with a mark
-            lines = file.read().split("\n")
+        with open(path, "rb") as file:
+            content = file.read()
+        return content.decode("utf-8-sig").split("\n")      # some editors begin with a mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            "%s:%d: httpd: is not UTF-8: save the file in that encoding" % (path, line)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError("%s: cannot be read: %s" % (path, reason)) from None
+
+
+def read_config(path: str, problems: list[str]) -> list[Setting]:
+    """The lines of a configuration. What cannot be read is added to `problems`."""
+    lines = read_lines(path)
     settings: list[Setting] = []
     section = ""
     for number, raw in enumerate(lines, 1):
@@ -444,7 +493,9 @@ def read_config(path: str, problems: list[str]) -> list[Setting]:
 
 def read_override(text: str) -> Setting:
     """What `-o name=value` or `-o module.name=value` says."""
-    left, _, value = text.partition("=")
+    left, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError("-o %s: write -o NAME=VALUE" % text)
     module, _, name = left.rpartition(".")
     return Setting("-o " + text, module or "httpd", name, value)
 
@@ -460,7 +511,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     for setting in settings:
         if not setting.name:
             modules.setdefault(setting.module, setting.place)
-    set_parameters([setting for setting in settings if setting.name], modules, problems)
+    directory = os.path.dirname(path)
+    named = [located(setting, directory) for setting in settings if setting.name]
+    set_parameters(named, modules, problems)
     for text in overrides:              # the last one counts
         set_parameters([read_override(text)], modules, problems)
     if not problems:
@@ -475,6 +528,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def located(setting: Setting, directory: str) -> Setting:
+    """A path in a configuration is relative to where the configuration lies."""
+    kinds = {row.name: row.kind for row in PARAMETERS.get(setting.module, ())}
+    if not setting.value or kinds.get(setting.name) != "path":
+        return setting
+    return setting._replace(value=os.path.join(directory, setting.value))
+
+
 def set_parameters(settings: list[Setting], modules: Collection[str], problems: list[str]) -> None:
     """Set parameters of the modules that are going to be loaded, each once."""
     seen: dict[tuple[str, str], str] = {}       # module and name -> FILE:LINE
@@ -483,9 +544,11 @@ def set_parameters(settings: list[Setting], modules: Collection[str], problems: 
         place = seen.setdefault((module, name), setting.place)
         try:
             if module not in modules and module != "httpd":
-                hint = nearest(module, ["httpd", *modules])
-                raise ConfigError(
-                    '%s: is not loaded: write loadmodule "%s.so"%s' % (module, module, hint))
+                hint = ""
+                if module not in BUILT_IN:
+                    hint = nearest(module, ["httpd", *BUILT_IN, *modules])
+                raise ConfigError('%s: is not loaded: write [%s], or loadmodule "%s.so"%s'
+                                  % (module, module, module, hint))
             if place != setting.place:
                 raise ConfigError("%s: %s is set already, at %s" % (module, name, place))
             modparam(module, name, setting.value)
@@ -533,6 +596,15 @@ class HTTPError(Exception):
             check_field(name, value)
 
 
+OK = 200            # CPython has one object of it: what is another one is looked at closer
+class ContentTooLarge(HTTPError):
+    """413. `parameter` is what the operator may raise; the log names it too."""
+
+    def __init__(self, limit: float, parameter: str) -> None:
+        super().__init__(413, "the content is larger than %.0f bytes, see %s" % (limit, parameter))
+        self.parameter = parameter
+
+
 SUSPEND = -2        # what an access handler returns to be called again, after request.resume()
 END = -1            # what flush_data_cb returns at the end of the content
 
@@ -549,12 +621,12 @@ class Root(NamedTuple):
     content_type: str
     flush: Optional[FlushData] = None
     upload: Optional[UploadData] = None
-    upload_limit: float = 0                     # bytes
+    upload_limit: Union[float, str] = 0         # bytes, or the parameter of httpd that says it
 
 
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 # the init_proc_cb's that this process has not run yet
-pending_inits: list[Callable[[], Any]] = []
+pending_inits: list[tuple[str, Callable[[], Any]]] = []     # and the modules they belong to
 init_lock = threading.RLock()
 # RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them; what else nobody lists is 501.
 # CONNECT is for proxies.
@@ -567,7 +639,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
                      content_type: str = "text/html; charset=utf-8",
                      methods: Sequence[str] = ("GET", "POST"),
                      upload_data_cb: Optional[UploadData] = None,
-                     upload_limit: float = math.inf) -> None:
+                     upload_limit: Union[float, str] = math.inf) -> None:
     """Have `access_handler_cb(request, page) -> status` answer what is at and below `/root_path`.
 
     module             who registers: for error texts and httpd_list_root_path
@@ -592,16 +664,23 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
     upload_data_cb     upload_data_cb(request, data) gets the content piece by piece as it arrives,
                        and then the handler is called with an empty request.body. HTTPError refuses
                        the rest of it
-    upload_limit       bytes of the largest content for upload_data_cb; larger: 413
+    upload_limit       bytes of the largest content for upload_data_cb, or the name of a parameter
+                       of httpd that says so; larger: 413
 
     Raises ConfigError: a bad root path, or one that is taken; a function that is none; bad methods.
     Any thread.
     """
     name = checked_root_path(module, root_path)
-    for function in (access_handler_cb, flush_data_cb, init_proc_cb, upload_data_cb):
-        if not callable(function) and (function is not None or function is access_handler_cb):
-            raise ConfigError('%s: root path "%s": no function: %r' % (module, name, function))
-    check_methods(module, name, methods)
+    place = '%s: root path "%s"' % (module, name)
+    check_callback(place, access_handler_cb, "request, page")
+    for callback, arguments in (
+            (flush_data_cb, "request, pos, buf"), (init_proc_cb, ""),
+            (upload_data_cb, "request, data")):
+        if callback is not None:
+            check_callback(place, callback, arguments)
+    if isinstance(upload_limit, str):
+        in_force("httpd", **{upload_limit: 2**26})      # ConfigError if it is no parameter
+    check_methods(place, methods)
     check_field("Content-Type", content_type)
     handlers = dict.fromkeys(methods, access_handler_cb)
     if "GET" in handlers:
@@ -609,7 +688,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
     handlers.setdefault("OPTIONS", answer_options)
     known_methods.update(handlers)
     if init_proc_cb is not None:
-        pending_inits.append(init_proc_cb)
+        pending_inits.append((module, init_proc_cb))
     roots[name] = Root(
         name, module, handlers, content_type, flush_data_cb, upload_data_cb, upload_limit)
 
@@ -626,16 +705,33 @@ def checked_root_path(module: str, root_path: str) -> str:
     return name
 
 
-def check_methods(module: str, name: str, methods: Sequence[str]) -> None:
-    """Tokens, but for the two that are not for a handler (RFC 9110, 9.3.6 and 9.3.8)."""
-    good = not isinstance(methods, str)
+def check_callback(place: str, callback: Any, arguments: str) -> None:
+    """ConfigError, if it is not to be called with these arguments."""
+    import inspect                      # 10 ms
+    if not callable(callback):
+        raise ConfigError("%s: no function: %r" % (place, callback))
+    if inspect.iscoroutinefunction(callback):
+        raise ConfigError("%s: %r is async: it has to be a plain function, which may return SUSPEND"
+                          % (place, callback))
+    try:
+        inspect.signature(callback).bind(*filter(None, arguments.split(", ")))
+    except TypeError as error:
+        raise ConfigError(
+            "%s: %r is called with (%s): %s" % (place, callback, arguments, error)) from None
+    except ValueError:                  # of C: it does not say what it takes
+        pass
+
+
+def check_methods(place: str, methods: Sequence[str]) -> None:
+    """Tokens in capitals, but for the two that are not for a handler (RFC 9110, 9.3.6, 9.3.8)."""
+    good = bool(methods) and not isinstance(methods, str)
     for method in methods:
         good = good and isinstance(method, str) and bool(TOKEN.fullmatch(method))
-        good = good and method not in ("CONNECT", "TRACE")
+        good = good and method == method.upper() and method not in ("CONNECT", "TRACE")
     if not good:
         raise ConfigError(
-            '%s: root path "%s": methods must be a tuple of names, not CONNECT or TRACE'
-            % (module, name))
+            '%s: methods must be names in capitals, such as ("GET",), not CONNECT or TRACE: %r'
+            % (place, methods))
 
 
 def unregister_httpdcb(root_path: str) -> None:
@@ -652,10 +748,18 @@ def answer_options(request: Request, page: Page) -> int:
 
 
 def initialize() -> None:
-    """Run the init_proc_cb's that this process has not run. What one raises is the caller's."""
+    """Run the init_proc_cb's that this process has not run. ConfigError if one fails."""
     with init_lock:
         while pending_inits:
-            pending_inits[0]()
+            module, callback = pending_inits[0]
+            try:
+                callback()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                log.debug("%s: traceback", module, exc_info=True)
+                raise ConfigError(
+                    "%s: an init_proc_cb failed: %s" % (module, describe(error))) from error
             del pending_inits[0]
 
 
@@ -678,7 +782,7 @@ def initialize_late() -> None:
     """The same while the server runs: one that fails is logged and dropped."""
     with init_lock:
         while pending_inits:
-            call_safely("an init_proc_cb", pending_inits[0])
+            call_safely("an init_proc_cb", pending_inits[0][1])
             del pending_inits[0]
 
 
@@ -690,6 +794,10 @@ class FormFile(NamedTuple):
     content_type: str       # its media type, in small letters, without parameters
     content: bytes
 
+    def __repr__(self) -> str:
+        return "FormFile(filename=%r, content_type=%r, content=<%d bytes>)" % (
+            self.filename, self.content_type, len(self.content))
+
 
 class ClientCert(NamedTuple):
     """Who the client is, by a certificate that tls_ca_file vouches for."""
@@ -700,6 +808,9 @@ class ClientCert(NamedTuple):
 FormValue = Union[str, FormFile]
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
+JSON = "application/json"
+# NaN and Infinity are no JSON: int() raises ValueError
+json_decoder = json.JSONDecoder(parse_constant=int)
 # RFC 9110, 5.6.6: the parameters behind a media type or a disposition.
 PARAMETER = re.compile(
     "[ \t]*;[ \t]*(" + TOKEN.pattern + ")=(" + TOKEN.pattern + "|" + QUOTED_TEXT + ")")
@@ -753,14 +864,13 @@ def parse_multipart(content_type: str, body: bytes) -> list[tuple[str, FormValue
     return [parse_part(part) for part in parts]
 
 
-def parse_form(query: str, content_type: str, body: bytes) -> dict[str, list[Any]]:
+def parse_form(request: Request) -> dict[str, list[Any]]:
     """The fields of a query, then those of a body that is a form."""
-    pairs: list[tuple[str, FormValue]] = list(parse_qsl(query, keep_blank_values=True))
-    kind = media_type(content_type)
-    if kind == URLENCODED:
-        pairs += parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-    elif kind == MULTIPART:
-        pairs += parse_multipart(content_type, body)
+    pairs: list[tuple[str, FormValue]] = list(parse_qsl(request.query, keep_blank_values=True))
+    if request.media_type == URLENCODED:
+        pairs += parse_qsl(request.body.decode("utf-8", "replace"), keep_blank_values=True)
+    elif request.media_type == MULTIPART:
+        pairs += parse_multipart(request.headers["content-type"], request.body)
     form: dict[str, list[Any]] = {}
     for name, value in pairs:
         form.setdefault(name, []).append(value)
@@ -800,9 +910,15 @@ class Request:
         self._form: Optional[dict[str, list[Any]]] = None
         self._resumed = False           # resume() has been called, and no callback because of it
 
-    # Lower-case name -> value, several joined by a comma. By C: a call less where handlers read it.
-    headers: Mapping[str, str] = property(  # type: ignore[assignment]  # mypy wants a method here
-        operator.attrgetter("_head.fields.headers"))
+    @property
+    def headers(self) -> Headers:
+        """The header fields, by name in any case; several of one name are joined by a comma."""
+        return self._head.fields.headers
+
+    @property
+    def media_type(self) -> str:
+        """What Content-Type says, in small letters, without its parameters; or empty."""
+        return self._head.fields.media_type
 
     @property
     def method(self) -> str:
@@ -871,6 +987,11 @@ class Request:
         return self._connection.is_closed()
 
     @property
+    def stopping(self) -> bool:
+        """True once the server is being stopped: then an endless stream should end."""
+        return self._connection.server.stopping
+
+    @property
     def disk(self) -> Disk:
         """Where a Spool keeps what memory has no room for."""
         return self._connection.server.disk
@@ -896,13 +1017,26 @@ class Request:
         HTTPError 400 if the body is not what its Content-Type says.
         """
         if self._form is None:
-            self._form = parse_form(self.query, self.headers.get("content-type", ""), self.body)
+            self._form = parse_form(self)
         return self._form
 
     def lookup_arg(self, key: str, default: Any = None) -> Any:
         """The first value of the field of `form` that has exactly this name."""
         values = self.form.get(key)
         return values[0] if values else default
+
+    def json(self) -> Any:
+        """What the content says, which is JSON.
+
+        HTTPError 415 if its media type is neither application/json nor some +json, 400 with the
+        place of the mistake if it cannot be read.
+        """
+        if self.media_type != JSON and not self.media_type.endswith("+json"):
+            raise HTTPError(415, "the Content-Type must be application/json")
+        try:
+            return json_decoder.decode(self.body.decode())
+        except (ValueError, RecursionError) as error:
+            raise HTTPError(400, "the content is no JSON: %s" % error) from None
 
     def resume(self) -> None:
         """Have the callback called again that has returned SUSPEND, or 0. Any thread.
@@ -947,7 +1081,7 @@ class Page:
         self.end = HEADROOM
         self.fields = ()
 
-    def write(self, data: Union[str, bytes, bytearray, memoryview]) -> int:
+    def write(self, data: Union[str, bytes, bytearray, memoryview]) -> None:
         """Add bytes, or a str as UTF-8, to the content: json.dump(x, page), print(x, file=page).
 
         BufferError when it does not fit into buf_size.
@@ -960,7 +1094,6 @@ class Page:
             raise BufferError("the response does not fit into %d bytes: raise buf_size" % size)
         self.view[self.end:end] = data
         self.end = end
-        return len(data)
 
     def __len__(self) -> int:
         return self.end - HEADROOM
@@ -1070,13 +1203,40 @@ CONTINUE_EXPECTED = "100-continue"
 Buffer = Union[bytes, bytearray]
 
 
+class Headers(Mapping[str, str]):
+    """Header fields, whose names answer in any case. Iteration gives them in small letters."""
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        self._fields = fields
+
+    def __getitem__(self, name: str) -> str:
+        return self._fields[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    # Mapping has these, which cost five times as much.
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._fields.get(name.lower(), default)
+
+    def __contains__(self, name: object) -> bool:
+        return str(name).lower() in self._fields
+
+    def __repr__(self) -> str:
+        return "Headers(%r)" % self._fields
+
+
 class Fields(NamedTuple):
     """A header section that the parser has accepted; requests with the same bytes share it."""
-    headers: Mapping[str, str]      # lower-case name -> value
+    headers: Headers
     length: int                     # of the content in bytes, or CHUNKED
     connection_line: str            # what the answer says: KEEP, KEEP_1_0 or CLOSE
     expect: str                     # what is expected, in small letters; empty: nothing
-    form: bool                      # the content is a form
+    media_type: str                 # of the content, in small letters, without parameters
 
 
 class Head(NamedTuple):
@@ -1156,7 +1316,7 @@ def parse_other_head(
     target = parse_target(method, text, major)
     fields = parse_section(pairs, minor == "0", method, methods)
     if target.host:                 # RFC 9112, 3.2.2: it counts, not the Host field
-        fields = fields._replace(headers=MappingProxyType({**fields.headers, "host": target.host}))
+        fields = fields._replace(headers=Headers({**fields.headers, "host": target.host}))
     path = unquote(target.path)
     version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
     root, slash, rest = path[1:].partition("/")
@@ -1219,9 +1379,10 @@ def parse_section(pairs: Sequence[tuple[str, str]], old: bool, method: str,
     expect = ""
     if "expect" in headers and not old:
         expect = parse_expect(headers["expect"])
-    form = "content-type" in headers and media_type(headers["content-type"]) in (
-        URLENCODED, MULTIPART)
-    return Fields(MappingProxyType(headers), length, connection_line, expect, form)
+    kind = ""
+    if "content-type" in headers:
+        kind = media_type(headers["content-type"])
+    return Fields(Headers(headers), length, connection_line, expect, kind)
 
 
 def join_fields(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
@@ -1402,8 +1563,8 @@ class SizedContent:
 class ChunkedContent:
     """The content of a request in chunks (RFC 9112, 7.1): takes the coding off, for `write`.
 
-    413 as soon as it is over `limit` bytes. `overhead`: bytes that the chunk extensions, and the
-    trailer section, may have. A step runs next: True to go on, False to wait.
+    `too_large` is raised as soon as it is over `limit` bytes. `overhead`: bytes that the chunk
+    extensions, and the trailer section, may have. A step runs next: True to go on, False to wait.
     """
 
     __slots__ = (
@@ -1411,7 +1572,7 @@ class ChunkedContent:
         "whole")
 
     def __init__(self, limit: float, overhead: int, write: Callable[[bytes], Any],
-                 too_large: str) -> None:
+                 too_large: HTTPError) -> None:
         self.limit = limit
         self.overhead = overhead
         self.write = write
@@ -1453,7 +1614,8 @@ class ChunkedContent:
         require(self.overhead >= 0, 400, BAD_SIZE)
         self.good = 0
         self.limit -= self.left
-        require(self.limit >= 0, 413, self.too_large)
+        if self.limit < 0:
+            raise self.too_large
         del self.data[:end + 2]
         self.step = ChunkedContent._read_data
         if self.left == 0:
@@ -1504,15 +1666,17 @@ class ChunkedContent:
 Content = Union[SizedContent, ChunkedContent]
 
 
-def content_decoder(
-        length: int, limit: float, overhead: int, write: Callable[[bytes], Any]) -> Content:
-    """What takes the framing off one request's content (RFC 9112, 6); 413 over `limit` bytes."""
-    too_large = (
-        "the content is larger than %.0f bytes, see post_buf_size, receive_buf_size, wsgi_body_size"
-        % limit)
+def content_decoder(length: int, limit: float, parameter: str, overhead: int,
+                    write: Callable[[bytes], Any]) -> Content:
+    """What takes the framing off one request's content (RFC 9112, 6).
+
+    ContentTooLarge over `limit` bytes, which is what `parameter` says.
+    """
+    too_large = ContentTooLarge(limit, parameter)
     if length == CHUNKED:
         return ChunkedContent(limit, overhead, write, too_large)
-    require(length <= limit, 413, too_large)
+    if length > limit:
+        raise too_large
     return SizedContent(length, write)
 
 
@@ -1525,7 +1689,7 @@ def weight(value: Any) -> int:
     size = sys.getsizeof(value, 100)        # PyPy does not know
     if isinstance(value, tuple):
         return size + sum(map(weight, value))
-    if isinstance(value, MappingProxyType):
+    if isinstance(value, Headers):
         return size + sum(map(weight, value.items()))
     return size
 
@@ -1957,6 +2121,7 @@ class Responses:
     def __init__(self, size: int) -> None:
         self.page = Page(size)
         self.date = ""
+        self.told: set[str] = set()     # parameters that the log has been told of in this second
         self.heads: dict[tuple[int, str, int, str], bytes] = {}
 
     def write_error(self, refusal: HTTPError) -> None:
@@ -1972,6 +2137,13 @@ class Responses:
     def begin_second(self) -> None:
         self.date = formatdate(usegmt=True)
         self.heads.clear()
+        self.told.clear()
+
+    def log_limit(self, refusal: ContentTooLarge, client: tuple[str, int]) -> None:
+        """Tell the operator which parameter refuses content, once a second for each."""
+        if refusal.parameter not in self.told:
+            self.told.add(refusal.parameter)
+            log.warning("%s: 413: %s", client[0], refusal.reason)
 
     def head(self, status: int, content_type: str, size: int, connection_line: str) -> bytes:
         """Status line and fields, this second's. `size`: bytes, or CHUNKED, or UNTIL_CLOSE."""
@@ -2060,10 +2232,16 @@ def blame(error: BaseException, request: Request) -> HTTPError:
 
 
 def checked_status(status: Any) -> int:
-    """What a handler has returned. TypeError, if that is no status."""
-    if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599:
-        raise TypeError("the handler returned %r, not a status of 200 to 599" % (status,))
-    return int(status)
+    """What a handler has returned. TypeError, if that is no status, says what may be forgotten."""
+    if status is None:
+        return 200
+    if isinstance(status, int) and not isinstance(status, bool) and 200 <= status <= 599:
+        return int(status)
+    text = "the handler returned %r, not a status of 200 to 599: return 200?" % (status,)
+    if hasattr(status, "__await__"):
+        status.close()
+        text += " Handlers are not async: it is a coroutine, which nobody awaits"
+    raise TypeError(text)
 
 
 class Response(NamedTuple):
@@ -2292,6 +2470,18 @@ def take_content(connection: Connection, data: bytes) -> Optional[Request]:
     return request
 
 
+def content_limit(params: Limits, root: Root, upload: bool, kind: str) -> tuple[float, str]:
+    """Bytes of the largest content of a media type, and the parameter that says so."""
+    parameter = params.other_content
+    if kind in (URLENCODED, MULTIPART):
+        parameter = "post_buf_size"
+    if upload and not isinstance(root.upload_limit, str):
+        return root.upload_limit, "upload_limit of root path \"%s\"" % root.name
+    if upload:
+        parameter = str(root.upload_limit)
+    return getattr(params, parameter), parameter
+
+
 def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     """The request, if its content is here; None: it is on its way. HTTPError refuses it unread.
 
@@ -2301,9 +2491,9 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
     length = fields.length
     request = route(head, connection)
     root, handler = request._root, request._handler
-    limit: float = params.post_buf_size if fields.form else params.receive_buf_size
     answers = type(handler) is not Refusal and handler is not answer_options
     upload = answers and root.upload is not None
+    limit, parameter = content_limit(params, root, upload, fields.media_type)
     here = min(limit, len(connection.received))
     if not upload and not fields.expect and 0 < length <= here:
         request.body = connection.received[:length]
@@ -2315,8 +2505,8 @@ def begin_content(connection: Connection, head: Head) -> Optional[Request]:
         return request
     write: Callable[[bytes], Any] = exchange.content.extend
     if upload:
-        limit, write = root.upload_limit, exchange.upload
-    exchange.decoder = content_decoder(length, limit, params.max_header_size, write)
+        write = exchange.upload
+    exchange.decoder = content_decoder(length, limit, parameter, params.max_header_size, write)
     if fields.expect and type(handler) is not Refusal and not connection.received:
         connection.out = memoryview(CONTINUE)
     connection.enter(receive_content)
@@ -2499,7 +2689,12 @@ class Connection:
         return STATES[self.state].shown_as
 
     def stop(self) -> None:
-        """The server stops: nothing begins here but what has come already (the last recv())."""
+        """The server stops: nothing begins here but what has come already (the last recv()).
+
+        A stream that waits is called once more: it may look at request.stopping, and end.
+        """
+        if self.exchange is not None and self.exchange.stream is not None:
+            self.exchange.request.resume()
         if not self.out and STATES[self.state].at_stop is ENDS:
             self.turn()
         if not self.out and STATES[self.state].at_stop is ENDS:
@@ -2571,6 +2766,8 @@ class Connection:
     def refuse(self, refusal: HTTPError) -> None:
         """Answer what is no request, or is not read on, and close. Earlier answers come first."""
         log.debug("%s: refused: %s, %r", self.peer, refusal, self.received[:200])
+        if isinstance(refusal, ContentTooLarge):
+            self.server.responses.log_limit(refusal, self.client())
         request = None
         if self.exchange is not None:
             request = self.exchange.request
@@ -2607,8 +2804,10 @@ class Connection:
         status = checked_status(status)
         if status in (204, 205, 304):       # RFC 9110, 15.3.5, 15.3.6, 15.4.5: no content
             page.end = HEADROOM
-        elif page.end == HEADROOM and (request._root.flush or page.length()):
-            return begin_stream(self, request, status)
+        elif page.end == HEADROOM:
+            length = page.length()
+            if length or length is None and request._root.flush is not None:
+                return begin_stream(self, request, status)
         return self.finish(status, head.connection_line, head.method != "HEAD", request)
 
     def serve(self, request: Optional[Request]) -> bool:
@@ -2625,7 +2824,7 @@ class Connection:
                 page._content_type = request._root.content_type
                 try:
                     status = request._handler(request, page)
-                    if HEADROOM < page.end <= server.sure and status == 200 and type(status) is int:
+                    if HEADROOM < page.end <= server.sure and (status is None or status is OK):
                         piece = self.finish(
                             200, head.connection_line, head.method != "HEAD", request)
                     else:
@@ -3153,6 +3352,13 @@ class Mailbox:
         if not self.busy:
             self.ring()
 
+    def hand_out(self) -> None:
+        """Have those requests called again that have been resumed."""
+        for _ in range(len(self.requests)):
+            request = self.requests.popleft()
+            if request._resumed:
+                request._connection.go_on(request)
+
     def ring(self) -> None:
         """Have the loop come back from its poll, this one or another program's."""
         if not self.ringing:
@@ -3164,6 +3370,12 @@ class Mailbox:
         with suppress(BlockingIOError):
             self.bell.recv(64)
         self.ringing = False                    # before what was noted meanwhile is looked at
+
+
+LISTEN_HINTS = {
+    errno.EADDRINUSE: ": end the program that has it, or choose another port",
+    errno.EADDRNOTAVAIL: ": set ip to an address of this machine",
+}
 
 
 def listen(ip: str, port: int) -> socket.socket:
@@ -3186,8 +3398,10 @@ def listen(ip: str, port: int) -> socket.socket:
         listener.close()
         if every and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return listen("0.0.0.0", port)  # a kernel without IPv6
+        hint = LISTEN_HINTS.get(error.errno or 0, "")
         raise OSError(
-            error.errno, "cannot listen on %s port %d: %s" % (ip or "*", port, error.strerror)
+            error.errno,
+            "cannot listen on %s port %d: %s%s" % (ip or "*", port, error.strerror, hint)
         ) from None
     listener.setblocking(False)
     return listener
@@ -3364,6 +3578,12 @@ class Loop:
     def stop_listening(self, callback: Callable[[], None]) -> None:
         self.set_accepting(False, callback)
         self.listener.sock.close()
+
+    def serve_greedy(self) -> None:
+        """Answer more to those who have sent much, for a while."""
+        end = time.monotonic() + GREEDY_TIME
+        while self.greedy and time.monotonic() < end:
+            have_turn(self.greedy.popleft())
 
     def call_due_timers(self, now: float) -> None:
         due = []
@@ -3613,11 +3833,11 @@ class Server:
         if not loop.ready:
             raise RuntimeError("an init_proc_cb failed: %r" % loop.failure) from loop.failure
 
-    def stop(self, grace: Optional[float] = None) -> None:
+    def stop(self, grace: Optional[float] = None, wait: bool = True) -> None:
         """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
 
-        From a handler it returns at once, else when that is done. It may be repeated; the shortest
-        grace counts.
+        It returns when that is done; from a handler, or without `wait`, at once: then whoever runs
+        the server goes on until it is. It may be repeated; the shortest grace counts.
         """
         seconds = self.params.grace_timeout if grace is None else grace
         me = threading.get_ident()
@@ -3628,8 +3848,10 @@ class Server:
                 self._ended.set()
             if loop is None or not loop.is_ours():
                 return
-            mine = loop.owner in (None, me) and self._claim(loop)
+            mine = wait and loop.owner in (None, me) and self._claim(loop)
         loop.mailbox.ring()
+        if not wait:
+            return
         if mine:
             self._serve(loop, threading.Event())
         elif thread is not None and thread.ident != me:
@@ -3798,9 +4020,9 @@ class Server:
             if self._stop_at < math.inf and not self.stopping:
                 self._begin_stop(loop)
             if mailbox.requests:
-                self._go_on(mailbox)
+                mailbox.hand_out()
             if loop.greedy:
-                self._serve_greedy(loop)
+                loop.serve_greedy()
             if loop.timers:
                 loop.call_due_timers(self.now)
             if self.now >= self._next_tick:     # after them: who has sent something is not late
@@ -3810,19 +4032,6 @@ class Server:
             loop.close_some()
             if mailbox.requests:                            # meanwhile; the next turn is theirs
                 mailbox.ring()
-
-    def _serve_greedy(self, loop: Loop) -> None:
-        """Answer more to those who have sent much, for a while."""
-        end = time.monotonic() + GREEDY_TIME
-        while loop.greedy and time.monotonic() < end:
-            have_turn(loop.greedy.popleft())
-
-    def _go_on(self, mailbox: Mailbox) -> None:
-        """Have those requests called again that have been resumed."""
-        for _ in range(len(mailbox.requests)):
-            request = mailbox.requests.popleft()
-            if request._resumed:
-                request._connection.go_on(request)
 
     def _tick(self, loop: Loop) -> None:
         """Once a second: an end to what is over its deadline."""
@@ -4418,7 +4627,7 @@ class Command(NamedTuple):
 
 class Call(NamedTuple):
     """One JSON-RPC request, as far as it is one."""
-    valid: bool
+    fault: str                          # why it is none; empty: it is one
     method: str
     command: Optional[Command]
     params: Any                         # a list or a dict
@@ -4438,8 +4647,6 @@ class MIError(Exception):
 
 mi_commands: dict[str, Command] = {}
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-# NaN and Infinity are no JSON: int() raises ValueError
-json_decoder = json.JSONDecoder(parse_constant=int)
 _INT = "-?(0|[1-9][0-9]{0,17})"
 _FLOAT = _INT + "([.][0-9]{1,17})?"
 # by annotation, which may be text
@@ -4509,32 +4716,51 @@ def convert_argument(name: str, value: Any, annotation: Any) -> Any:
     return json.loads(value)
 
 
+def find_fault(value: Any) -> str:
+    """Why a member of a batch, or what is no batch, is no call; empty: it is one."""
+    if not isinstance(value, dict):
+        return "a call must be an object"
+    if value.get("jsonrpc") != "2.0":
+        return 'jsonrpc must be "2.0"'
+    if not isinstance(value.get("method"), str):
+        return "method must be text"
+    if not isinstance(value.get("params", {}), (dict, list)):
+        return "params must be an array or an object"
+    ident = value.get("id")
+    if type(ident) is not int and not is_ident(ident):
+        return "id must be text, a number or null"
+    return ""
+
+
+def is_ident(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)             # 1e999 is not
+    return not isinstance(value, (bool, dict, list))
+
+
 def read_call(value: Any) -> Call:
     """One member of a batch, or what is no batch."""
+    fault = find_fault(value)
     if not isinstance(value, dict):
-        return Call(False, "", None, {}, "null", True)
-    ident = value.get("id")
-    method = value.get("method")
-    given = value.get("params", {})
-    sound = not isinstance(ident, (bool, dict, list))
-    if isinstance(ident, float) and math.isinf(ident):      # of 1e999
-        sound = False
-    valid = (sound and value.get("jsonrpc") == "2.0" and isinstance(method, str)
-             and isinstance(given, (dict, list)))
+        return Call(fault, "", None, {}, "null", True)
+    ident, method = value.get("id"), value.get("method")
     text = "null"
     if type(ident) is int:
         text = str(ident)               # a third of the price
-    elif sound:
+    elif is_ident(ident):
         text = encode_json(ident)
-    command = mi_commands.get(str(method)) if valid else None
-    return Call(valid, str(method), command, given, text, "id" in value or not valid)
+    command = None
+    if not fault:
+        command = mi_commands.get(str(method))
+    answered = "id" in value or fault != ""
+    return Call(fault, str(method), command, value.get("params", {}), text, answered)
 
 
 def perform(call: Call, counters: Counters, in_thread: bool = False) -> str:
     """Carry a call out. Returns the response; empty for a notification."""
     try:
-        if not call.valid:
-            raise MIError(-32600, "Invalid Request")
+        if call.fault:
+            raise MIError(-32600, "Invalid Request", call.fault)
         if call.command is None:
             raise MIError(-32601, "Method not found")
         result = encode_json(call_command(call.command.function, call.params))
@@ -4577,9 +4803,10 @@ def describe_fault(call: Call, error: BaseException) -> dict[str, Any]:
 class Batch:
     """The calls of one request and their answers, of which threads bring some."""
 
-    def __init__(self, request: Request, calls: list[Call], alone: bool) -> None:
-        self.request = request
-        self.counters = request._connection.server.counters
+    def __init__(self, resume: Callable[[], None], counters: Counters, calls: list[Call],
+                 alone: bool) -> None:
+        self.resume = resume            # to be called when a thread has brought an answer
+        self.counters = counters
         self.calls = calls
         self.alone = alone              # it is no batch, but a call by itself
         self.answers = [self.begin(call) for call in calls]     # None: it is not there yet
@@ -4601,7 +4828,7 @@ class Batch:
         try:
             self.answers[number] = perform(self.calls[number], self.counters, in_thread=True)
         finally:
-            self.request.resume()
+            self.resume()
 
     def text(self) -> Optional[str]:
         """What is sent; None: it is not complete."""
@@ -4616,18 +4843,31 @@ class Batch:
         return "[%s]" % ",".join(members)
 
 
-def check_origin(request: Request) -> None:
-    """A page of another web site may not send commands."""
-    own = "%s://%s" % (request.scheme, request.headers.get("host", ""))
-    require(request.headers["origin"].lower() == own.lower(), 403,
-            "pages of another origin may not send commands")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def begin_mi(request: Request) -> Union[str, Batch]:
-    """Read what is asked for, and carry it out, unless threads have to."""
-    counters = request._connection.server.counters
+def is_own_origin(request: Request) -> bool:
+    """Whether the page that sends a request comes from this server (RFC 6454, 4).
+
+    A proxy may have taken TLS off: https of the same host name is this server too.
+    """
     try:
-        text = request.body.decode()
+        origin = urlsplit(request.headers["origin"])
+        own = urlsplit("//" + request.headers.get("host", ""))
+        theirs, ours = DEFAULT_PORTS[origin.scheme], DEFAULT_PORTS[request.scheme]
+        same_port = (origin.port or theirs) == (own.port or ours)
+    except (KeyError, ValueError):
+        return False
+    if origin.hostname is None or origin.hostname != own.hostname:
+        return False
+    return same_port or origin.scheme == "https" and request.scheme == "http"
+
+
+def begin_mi(
+        content: bytes, resume: Callable[[], None], counters: Counters) -> Union[str, Batch]:
+    """Read what is asked for, and carry it out, unless threads have to: then `resume` is called."""
+    try:
+        text = content.decode()
         end = 0
         if text.startswith("{"):    # nearly always: without blanks around it for half the price
             value, end = json_decoder.raw_decode(text)
@@ -4636,37 +4876,74 @@ def begin_mi(request: Request) -> Union[str, Batch]:
     except (ValueError, RecursionError):
         return PARSE_ERROR
     if isinstance(value, list) and len(value) > MI_BATCH:
-        fault = {"code": -32600, "message": "Invalid Request", "data": "more than 100 calls"}
-        return refuse_call(read_call(None), counters, fault)
+        fault = "more than %d calls" % MI_BATCH
+        return perform(Call(fault, "", None, {}, "null", True), counters)
     if isinstance(value, list) and value:
-        return Batch(request, [read_call(member) for member in value], False)
+        return Batch(resume, counters, [read_call(member) for member in value], False)
     call = read_call(value)
     if call.command is not None and call.command.threads:
-        return Batch(request, [call], True)
+        return Batch(resume, counters, [call], True)
     return perform(call, counters)
 
 
-def answer_mi(request: Request, page: Page) -> int:
-    """The access handler of mi_http. JSON-RPC errors travel on 200."""
-    answer: Union[str, Batch, None] = request.state
-    if answer is None:
-        headers = request.headers    # two of them keep foreign web pages from posting commands
-        if not headers.get("content-type", "").lower().startswith(("application/json", "text/xml")):
-            raise HTTPError(415, "the Content-Type must be application/json")
-        if "origin" in headers:
-            check_origin(request)
-        answer = begin_mi(request)
-    if isinstance(answer, Batch):
-        request.state = answer
-        answer = answer.text()
-        if answer is None:
-            return SUSPEND
+def check_mi_request(request: Request) -> None:
+    """Two fields keep the pages of other web sites from posting commands."""
+    if request.media_type not in (JSON, "text/xml"):
+        raise HTTPError(415, "the Content-Type must be application/json")
+    if "origin" in request.headers and not is_own_origin(request):
+        raise HTTPError(403, "pages of another origin may not send commands")
+
+
+def write_or_spool(text: str, request: Request, page: Page) -> None:
+    """Write to the page; what is larger is kept for flush_spool()."""
+    with suppress(BufferError):
+        page.write(text)
+        return
+    request.state = Spool(request.disk)
+    answer = text.encode()
     try:
-        page.write(answer)
-    except BufferError as error:
-        told = encode_json({"code": -32000, "message": "Server error", "data": str(error)})
-        page.write('{"jsonrpc":"2.0","error":%s,"id":null}' % told)
-    return 200 if answer else 202
+        request.state.write(answer)
+    except OSError as error:
+        request.disk.complain(error)
+        raise HTTPError(500, "done, but the answer cannot be sent: no room is left, "
+                             "see spool_size") from None
+    page.set_header("Content-Length", len(answer))
+
+
+def flush_spool(request: Request, pos: int, buf: memoryview) -> int:
+    """The flush_data_cb, for an answer that was larger than the page."""
+    spool: Spool = request.state
+    request.kept = spool.in_memory
+    piece = spool.read(pos, len(buf))
+    buf[:len(piece)] = piece
+    return len(piece) or END
+
+
+class MIRoot:
+    """The callbacks of mi_http. JSON-RPC errors travel on 200."""
+
+    def __init__(self, pretty: bool) -> None:
+        self.pretty = pretty
+
+    def answer(self, request: Request, page: Page) -> int:
+        """The access handler."""
+        answer: Union[str, Batch, None] = request.state
+        if answer is None:
+            check_mi_request(request)
+            counters = request._connection.server.counters
+            answer = begin_mi(request.body, request.resume, counters)
+        if isinstance(answer, Batch):
+            request.state = answer
+            answer = answer.text()
+            if answer is None:
+                return SUSPEND
+        if not answer:
+            page.set_header("Content-Length", 0)
+            return 202
+        if self.pretty:
+            answer = json.dumps(json.loads(answer), indent=4)
+        write_or_spool(answer, request, page)
+        return 200
 
 
 def mi_which(command: Optional[str] = None) -> list[Any]:
@@ -4748,9 +5025,9 @@ def mi_ps() -> dict[str, list[dict[str, Any]]]:
 
 
 def load_mi_http(parameters: dict[str, Any]) -> None:
-    register_httpdcb(
-        "mi_http", parameters["root"], answer_mi, methods=("POST",), content_type="application/json"
-    )
+    mi_root = MIRoot(parameters["pretty_printing"] == 1)
+    register_httpdcb("mi_http", parameters["root"], mi_root.answer, flush_spool,
+                     methods=("POST",), content_type=JSON)
 
 
 BUILT_IN["mi_http"] = load_mi_http
@@ -5009,21 +5286,8 @@ def answer_metrics(request: Request, page: Page) -> int:
     if openmetrics:
         page.content_type = OPENMETRICS
     snapshot = Snapshot(server, server.counters.totals(), server.counters.series())
-    text = exposition(snapshot, openmetrics)
-    try:
-        page.write(text)
-    except BufferError:
-        request.state = Spool(request.disk)
-        request.state.write(text.encode())
+    write_or_spool(exposition(snapshot, openmetrics), request, page)
     return 200
-
-
-def flush_metrics(request: Request, pos: int, buf: memoryview) -> int:
-    """What is larger than buf_size."""
-    request.kept = request.state.in_memory
-    piece = request.state.read(pos, len(buf))
-    buf[:len(piece)] = piece
-    return len(piece) or END
 
 
 def read_proc(name: str) -> str:
@@ -5060,7 +5324,7 @@ register_metric("process_start_time_seconds", "gauge", "Start, in seconds since 
 
 
 def load_prometheus(parameters: dict[str, Any]) -> None:
-    register_httpdcb("prometheus", parameters["root"], answer_metrics, flush_metrics,
+    register_httpdcb("prometheus", parameters["root"], answer_metrics, flush_spool,
                      content_type=TEXT, methods=("GET",))
     observers.append(count_response)
 
@@ -5451,8 +5715,8 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
               leave its thread at once. One that streams events keeps a thread. When its client
               goes, write() raises BrokenPipeError, and where it yields there is GeneratorExit
 
-    Request content is limited by wsgi_body_size as it is now. ConfigError as from
-    register_httpdcb(). Any thread.
+    Request content is limited by wsgi_body_size. ConfigError as from register_httpdcb(). Any
+    thread.
     """
     if not callable(app) or not isinstance(threads, int) or threads < 0:
         raise ConfigError(
@@ -5460,16 +5724,27 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
     mount = Mount(app, threads)
     register_httpdcb(
         module, root_path, mount.answer, flush_wsgi, content_type="", upload_data_cb=mount.upload,
-        methods=WSGI_METHODS, upload_limit=in_force("httpd")["wsgi_body_size"])
+        methods=WSGI_METHODS, upload_limit="wsgi_body_size")
 
 
 # --------------------------------------------------------------------------------------------- main
+
+def say(text: str) -> None:
+    """Print, if anybody reads it: that is no reason not to serve."""
+    try:
+        print(text, flush=True)
+    except OSError:                     # the interpreter would fail at its end too
+        sys.stdout = open(os.devnull, "w")
+
 
 def run(**parameters: Any) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload_tls().
 
     Main thread. ConfigError, or OSError if it cannot listen.
     """
+    if loading:
+        raise ConfigError("%s: calls httpd.run() while it is loaded: write that below "
+                          'if __name__ == "__main__":' % loading[-1])
     server = Server(**parameters)
     banner = "httpd.py %s listens on %s" % (__version__, server.url)       # OSError comes from here
     if server.params.ip in ("", "*"):
@@ -5488,9 +5763,10 @@ def run(**parameters: Any) -> None:
     try:
         for number, handler in wanted.items():
             previous[number] = signal.signal(number, handler)
+        initialize()                    # before anybody is told that it serves
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
-        print(banner, flush=True)
+        say(banner)
         # full collections need not look at what was loaded: 3 ms
         freeze = getattr(gc, "freeze", None)
         if freeze is not None:
@@ -5554,27 +5830,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def complain(path: str, text: str, parameter: str) -> int:
+    """Say what has turned out to be wrong only now, with the line that has set the parameter."""
+    if parameter:
+        text = "httpd: " + re.sub("^httpd: ", "", text)
+    print("%s: %s" % (places.get(parameter, path), text), file=sys.stderr)
+    return 1
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line: 0, 1 for a bad configuration or a failed start, 2 for bad usage."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    for text in options.o:
+        if "=" not in text:
+            parser.error("-o %s: write -o NAME=VALUE" % text)
     level = logging.DEBUG if options.v else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         load_config(options.file, options.o)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    try:
         if options.t:
             print_in_force()
         else:
             run()
     except ConfigError as error:
-        place = places.get(error.parameter)  # a parameter that has turned out to be wrong now
-        text = str(error)
-        if place is not None:
-            text = "%s: httpd: %s" % (place, re.sub("^httpd: ", "", text))
-        print(text, file=sys.stderr)
-        return 1
+        return complain(options.file, str(error), error.parameter)
     except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return complain(options.file, str(error.strerror), "port")
     return 0
 
 

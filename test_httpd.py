@@ -85,7 +85,7 @@ def raising(error):
 def server():
     """A server without a thread: it does something only when it is told to. The root echo takes everything."""
     httpd.register_httpdcb("test", "echo", echo, content_type="application/json", methods=("GET", "POST", "PUT"))
-    server = httpd.Server(**LOCAL, max_header_size=4096)
+    server = httpd.Server(**LOCAL, max_header_size=4096, receive_buf_size=1024)
     yield server
     server.stop(0)
 
@@ -386,7 +386,7 @@ CONFIG_ROWS = [
     ('[httpd]\ntls_key_file = "/a ;b #c"', {"tls_key_file": "/a ;b #c"}, "quotes protect a comment sign"),
     ('[httpd]\ntls_key_file = /a;b#c%d', {"tls_key_file": "/a;b#c%d"},
      "no blank before it, no comment; % needs no escaping"),
-    (r'[httpd]' '\n' r'tls_key_file = "a\"b\\c\d"', {"tls_key_file": r'a"b\c\d'}, "backslashes in quotes"),
+    (r'[httpd]' '\n' r'tls_key_file = "/a\"b\\c\d"', {"tls_key_file": r'/a"b\c\d'}, "backslashes in quotes"),
     ('[httpd]\nip =', {"ip": ""}, "an empty value"),
     ('[httpd]\nip = # none', {"ip": ""}, "an empty value and a comment"),
     ('modparam("httpd", "ip", "")', {"ip": ""}, "OpenSIPS' manual: ip"),
@@ -411,7 +411,13 @@ CONFIG_ROWS = [
     ('[httpd]\nport = 1\nport = 8000\nport = 8001',
      ["2: httpd: port must be", "3: httpd: port is set already, at %s:2", "4: httpd: port is set already"],
      "set twice"),
-    ('modparam("mi_http", "root", "x")', ['1: mi_http: is not loaded: write loadmodule "mi_http.so"'],
+    ('[httpd]\nPORT = 1', ['2: httpd: unknown parameter "PORT", did you mean "port"?'], "a name in capitals"),
+    ('[httpd]\nhost = x', ['2: httpd: unknown parameter "host", did you mean "ip"?'], "what others call ip"),
+    ('[httpd]\nbind = x', ['2: httpd: unknown parameter "bind", did you mean "ip"?'], "another name of it"),
+    ('modparam("mi_htp", "root", "x")', ['1: mi_htp: is not loaded: write [mi_htp], ', 'did you mean "mi_http"?'],
+     "a parameter of what nobody knows"),
+    ('modparam("mi_http", "root", "x")',
+     ['1: mi_http: is not loaded: write [mi_http], or loadmodule "mi_http.so"'],
      "a parameter of what is not loaded"),
     ('[mi_htp]', ['1: mi_htp: cannot be loaded: ModuleNotFoundError: ', 'did you mean "mi_http"'],
      "an unknown module"),
@@ -453,8 +459,17 @@ def test_config_files_that_cannot_be_read(tmp_path):
     with pytest.raises(httpd.ConfigError, match="cannot be read: Is a directory$"):
         httpd.load_config(str(tmp_path))
     (tmp_path / "latin").write_bytes(b"[httpd]\nip = \xe4")
-    with pytest.raises(httpd.ConfigError, match="latin: cannot be read: 'utf-8' codec"):
+    with pytest.raises(httpd.ConfigError, match="latin:2: httpd: is not UTF-8: save the file in that encoding$"):
         httpd.load_config(str(tmp_path / "latin"))
+
+
+def test_paths_are_relative_to_the_configuration(tmp_path):
+    path = config(tmp_path, "[httpd]\ntls_cert_file = a/cert.pem\ntls_key_file = /b/key.pem\n")
+    httpd.load_config(path, ["tls_ca_file=c/ca.pem"])
+    values = httpd.in_force("httpd")
+    assert values["tls_cert_file"] == str(tmp_path / "a/cert.pem")
+    assert values["tls_key_file"] == "/b/key.pem"
+    assert values["tls_ca_file"] == "c/ca.pem"  # of the command line: relative to where that is
 
 
 def test_overrides(tmp_path):
@@ -465,7 +480,7 @@ def test_overrides(tmp_path):
         httpd.ConfigError, match='^-o prot=1: httpd: unknown parameter "prot", did you mean "port"\\?$'
     ):
         httpd.load_config(config(tmp_path, ""), ["prot=1"])
-    with pytest.raises(httpd.ConfigError, match="^-o port: httpd: port must be a whole number, not ''$"):
+    with pytest.raises(httpd.ConfigError, match="^-o port: write -o NAME=VALUE$"):
         httpd.load_config(config(tmp_path, ""), ["port"])
 
 
@@ -481,13 +496,19 @@ def test_modules_of_the_user(tmp_path):
         httpd.load_config(config(tmp_path, "[beside_config]\nwhere = here\n[fails_in_init]\n[takes_the_root]\n"))
     problems = str(error.value).split("\n")
     assert "beside" == httpd.roots["here"].module and httpd.loaded == ["beside_config"]
-    assert problems[0].endswith("test.cfg:3: fails_in_init: cannot be loaded: ZeroDivisionError: division by zero")
+    assert problems[0].endswith(
+        "test.cfg:3: fails_in_init: cannot be loaded: ZeroDivisionError: division by zero, raised at %s:2"
+        % (tmp_path / "fails_in_init.py"))
     assert problems[1].endswith('test.cfg:4: taker: root path "here" is taken by beside')
     with pytest.raises(httpd.ConfigError, match="beside_config: is loaded already"):
         httpd.loadmodule("beside_config")
 
 
 # ------------------------------------------------------------------------------------------------------------ Registry
+
+async def sleepy(request=None, page=None):
+    return 200
+
 
 ROOT_ROWS = [
     ("x", "x", "letters"),
@@ -523,10 +544,20 @@ def test_root_paths(server, root, name):  # OPENSIPS, never 12
         (dict(access_handler_cb=3), "no function: 3"),
         (dict(flush_data_cb=3), "no function: 3"),
         (dict(upload_data_cb="x"), "no function: 'x'"),
-        (dict(methods="GET"), "methods must be a tuple of names"),
-        (dict(methods=("G T",)), "methods must be a tuple of names"),
+        (dict(methods="GET"), "methods must be names in capitals"),
+        (dict(methods=("G T",)), "methods must be names in capitals"),
         (dict(methods=("TRACE",)), "not CONNECT or TRACE"),
         (dict(methods=(3,)), "methods must be"),
+        (dict(methods=("",)), "methods must be"),
+        (dict(methods=("get",)), "methods must be names in capitals"),
+        (dict(methods=()), "methods must be"),
+        (dict(access_handler_cb=lambda request: 200), r"is called with \(request, page\): too many"),
+        (dict(access_handler_cb=lambda request, page, more: 200), r"is called with \(request, page\): missing"),
+        (dict(access_handler_cb=sleepy), "is async: it has to be a plain function"),
+        (dict(flush_data_cb=lambda request, pos: 0), r"is called with \(request, pos, buf\)"),
+        (dict(upload_data_cb=lambda request: 0), r"is called with \(request, data\)"),
+        (dict(init_proc_cb=lambda server: 0), r"is called with \(\): missing"),
+        (dict(upload_limit="wsgi_size"), 'unknown parameter "wsgi_size", did you mean "wsgi_body_size"'),
     ],
 )
 def test_registrations_that_cannot_work(arguments, message):
@@ -703,6 +734,11 @@ def test_what_a_request_says(server):
     assert request.body == b""
     assert request.state is None
     assert request.closed
+    assert request.headers["X-A"] == request.headers.get("x-A") == "1, 2"
+    assert "COOKIE" in request.headers and "Cookies" not in request.headers
+    assert request.headers.get("None") is None and request.headers.get("None", "") == ""
+    with pytest.raises(KeyError):
+        request.headers["None"]
     with pytest.raises(TypeError):
         request.headers["x"] = "a head is shared by the requests that have it"
     with pytest.raises(AttributeError):
@@ -715,6 +751,62 @@ def test_server_and_client_address(server):
         return 200
 
     assert ask(server, where).json()[1:] == [["127.0.0.1", server.port], False]
+
+
+@table("kind, content, expected", [
+    (b"application/json", b'{"a": [1, "\xc3\xa4"]}', {"a": [1, "ä"]}, "JSON"),
+    (b"Application/JSON; charset=utf-8", b"1", 1, "any case, parameters"),
+    (b"application/problem+json", b"null", None, "a type that says so at its end"),
+    (b"application/json", b'{"a":1,}', b"400 the content is no JSON: ", "a comma too many"),
+    (b"application/json", b'{"a":\n x}', b"line 2 column 2", "the place of the mistake"),
+    (b"application/json", b"", b"400 ", "nothing"),
+    (b"application/json", b"NaN", b"400 ", "NaN is no JSON"),
+    (b"application/json", b"\xff", b"400 ", "no UTF-8"),
+    (b"application/json", b"[" * 1000, b"400 ", "too deep"),
+    (b"application/jsonfoo", b"1", b"415 ", "another type"),
+    (b"text/plain", b"1", b"415 ", "text"),
+    (b"", b"1", b"415 ", "no type"),
+])
+def test_json_of_a_request(server, kind, content, expected):
+    def handler(request, page):
+        json.dump([request.json()], page)
+
+    answer = ask(server, handler, post(content, b"Content-Type: " + kind, path=b"/h"))
+    if isinstance(expected, bytes):
+        assert answer.status in (400, 415) and expected in answer.body
+    else:
+        assert answer.json() == [expected]
+
+
+def test_a_form_does_not_print_its_files(server):
+    file = httpd.FormFile("a.bin", "application/octet-stream", b"x" * 100000)
+    assert repr([file]) == (
+        "[FormFile(filename='a.bin', content_type='application/octet-stream', content=<100000 bytes>)]")
+
+
+@table("raw, parameter", [
+    (post(b"x" * 1025, b"Content-Type: application/x-www-form-urlencoded"), "post_buf_size", "a form"),
+    (post(b"x" * 2049, b"Content-Type: application/json"), "receive_buf_size", "JSON"),
+    (chunked(b"801\r\n"), "receive_buf_size", "in a chunk"),
+    (post(b"x" * 4097, path=b"/limited"), 'upload_limit of root path "limited"', "a limit of the root's own"),
+    (post(b"x" * 8193, path=b"/named"), "wsgi_body_size", "a limit that is a parameter"),
+])
+def test_a_413_names_the_parameter_and_the_log_too(raw, parameter, caplog):
+    server = httpd.Server(**LOCAL, receive_buf_size=2048, wsgi_body_size=8192)
+    httpd.register_httpdcb("test", "echo", echo, methods=("POST",))
+    for root, limit in (("limited", 4096), ("named", "wsgi_body_size")):
+        httpd.register_httpdcb("test", root, echo, methods=("POST",), upload_data_cb=print, upload_limit=limit)
+    server.responses.begin_second()
+    for _ in range(3):
+        data, end = exchange(server, raw)
+        assert data.startswith(b"HTTP/1.1 413 ") and parameter.encode() in data and end == "closed"
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert 1 <= len(told) <= 3 and all(line.startswith("127.0.0.1: 413: ") for line in told)  # one a second
+    assert all(line.endswith("see " + parameter) for line in told)
+    server.responses.begin_second()
+    exchange(server, raw)
+    assert len(caplog.records) > len(told)
+    server.stop(0)
 
 
 FORM = b"application/x-www-form-urlencoded"
@@ -797,9 +889,9 @@ def test_form_has_all_fields(server):
 
 def test_page_is_a_file(server):
     def handler(request, page):
-        assert page.write("ä") == 2
-        assert page.write(bytearray(b"x")) == 1
-        assert page.write(memoryview(b"yz")) == 2
+        page.write("ä")
+        page.write(bytearray(b"x"))
+        assert page.write(memoryview(b"yz")) is None
         print("line", file=page)
         assert len(page) == 10
         page.set_header("X-A", "1")
@@ -864,11 +956,17 @@ def test_a_content_type_that_must_not_leave(server, caplog):
 
 HANDLER_ROWS = [
     (lambda request, page: 200, 200, b"", None, "no content"),
-    (lambda request, page: page.write("x") and 404, 404, b"x", None, "a status of its own"),
-    (lambda request, page: page.write("x") and 299, 299, b"x", None, "a status without a phrase"),
-    (lambda request, page: page.write("x") and 204, 204, b"", None, "204 has no content"),
-    (lambda request, page: page.write("x") and 304, 304, b"", None, "304 has no content"),
-    (lambda request, page: None, 500, b"500 the handler failed", "returned None, not a status", "no status"),
+    (lambda request, page: (page.write("x"), 404)[1], 404, b"x", None, "a status of its own"),
+    (lambda request, page: (page.write("x"), 299)[1], 299, b"x", None, "a status without a phrase"),
+    (lambda request, page: (page.write("x"), 204)[1], 204, b"", None, "204 has no content"),
+    (lambda request, page: (page.write("x"), 304)[1], 304, b"", None, "304 has no content"),
+    (lambda request, page: page.write("x"), 200, b"x", None, "None is 200"),
+    (lambda request, page: None, 200, b"", None, "None is 200, without content too"),
+    (lambda request, page: page.write("x") and 404, 200, b"x", None, "write() returns None"),
+    (lambda request, page: 200.0, 500, b"500 the handler failed", "returned 200.0, not a status", "no whole number"),
+    (lambda request, page: True, 500, b"500 the handler failed", "returned True, not a status", "a truth value"),
+    (lambda request, page: 5, 500, b"500 the handler failed", "return 200?", "what is likely meant"),
+    (lambda request, page: sleepy(), 500, b"500 the handler failed", "Handlers are not async", "a coroutine"),
     (lambda request, page: 100, 500, b"500 the handler failed", "returned 100, not a status",
      "a status that is no answer"),
     (lambda request, page: "200", 500, b"500 the handler failed", "returned '200', not a status", "a status in text"),
@@ -912,7 +1010,7 @@ def test_which_errors_of_a_handler_end_the_connection(server, status, end):
 def test_a_page_of_exactly_buf_size(server):
     size = server.params.buf_size
     assert len(ask(server, lambda request, page: page.write(b"x" * size) and 200).body) == size
-    assert ask(server, lambda request, page: page.write(b"x" * size) and page.write(b"y") and 200).status == 500
+    assert ask(server, lambda request, page: page.write(b"x" * size) or page.write(b"y")).status == 500
 
 
 def test_content_length_0_is_kept_by_a_page_without_content(server):
@@ -3050,6 +3148,61 @@ def test_a_handler_that_outlasts_a_stop_from_another_thread():
     assert faults == []
 
 
+def test_a_stream_that_waits_is_called_once_more_at_stop():
+    seen = []
+
+    def flush(request, pos, buf):
+        seen.append(request.stopping)
+        if request.stopping:
+            return httpd.END
+        buf[:1] = b"x"
+        return 0 if pos else 1
+
+    httpd.register_httpdcb("test", "events", lambda request, page: 200, flush)
+    httpd.register_httpdcb("test", "parked", lambda request, page: seen.append("parked") or httpd.SUSPEND)
+    server = httpd.Server(**LOCAL)
+    with connect(server) as client, connect(server) as parked:
+        client.sendall(get(b"/events"))
+        parked.sendall(get(b"/parked"))
+        wait_for(lambda: len(seen) == 3, server)
+        server.stop(30, wait=False)
+        data, end = pump(server, client, ended)
+        assert data.endswith(b"\r\n0\r\n\r\n") and end == "closed"
+        assert seen.count("parked") == 1  # it waits for its resume(), as long as the grace lasts
+        assert not server.run_once(0)
+    server.stop(0)
+    assert seen[-1] is True and server.run_once(0)
+
+
+def test_stop_without_waiting():
+    server = httpd.Server(**LOCAL)
+    server.stop(wait=False)  # before it listens: it never will
+    assert server.run_once(0)
+    server = httpd.Server(**LOCAL)
+    httpd.register_httpdcb("test", "h", lambda request, page: server.stop(wait=False))
+    assert answers(exchange(server, get(b"/h"))[0])[0].status == 200
+    wait_for(lambda: server.run_once(0))
+    assert_free(server.port)
+
+
+def test_a_loop_of_asyncio_ends_with_its_server():
+    httpd.register_httpdcb("test", "h", lambda request, page: page.write("x"))
+    server = httpd.Server(**LOCAL)
+
+    async def serve():
+        loop = asyncio.get_running_loop()
+        loop.add_reader(server.fileno(), server.run_once, 0)
+        descriptor = server.fileno()
+        client = asyncio.ensure_future(loop.run_in_executor(None, raw_get, server.port, "127.0.0.1", get(b"/h")))
+        client.add_done_callback(lambda done: server.stop(wait=False))
+        while not server.run_once(0):
+            await asyncio.sleep(0.01)
+        loop.remove_reader(descriptor)
+        return client.result()
+
+    assert asyncio.run(asyncio.wait_for(serve(), 20)) == 200
+
+
 def test_stop_answers_what_has_come_already():
     """While a handler runs, an idle client sends a request and a newcomer connects; then stop() is called."""
     begun = threading.Event()
@@ -3468,7 +3621,7 @@ def test_who_starves_makes_room_for_who_sends(monkeypatch):
     """memory_budget full of contents that do not come: after a second they get 408, and others are served."""
     monkeypatch.setattr(httpd, "LEAST_RATE", 10000)  # what has come earns a tenth of a second
     httpd.register_httpdcb("test", "echo", echo, methods=("POST",))
-    server = httpd.Server(**LOCAL, memory_budget=100000, post_buf_size=1024)
+    server = httpd.Server(**LOCAL, memory_budget=2**17, receive_buf_size=1024)
     crowd = [connect(server) for _ in range(60)]
     for client in crowd:
         client.sendall(post(b"x" * 1000)[:-1])
@@ -3558,7 +3711,7 @@ COST_ROWS = [
     (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 18, "a field never seen before"),
     (lambda number: get(b"/h") * 16, 16, 70, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"),
-     1, 15, "JSON-RPC"),
+     1, 20, "JSON-RPC"),
 ]
 
 
@@ -4657,7 +4810,7 @@ def error(code, message, ident="null", data=""):
     return b'{"jsonrpc":"2.0","error":{"code":%d,"message":"%s"%s},"id":%s}' % (
         code,
         message.encode(),
-        b',"data":"%s"' % data.encode() if data else b"",
+        b',"data":%s' % json.dumps(data).encode() if data else b"",
         ident.encode(),
     )
 
@@ -4666,7 +4819,15 @@ def ok(result, ident="1"):
     return b'{"jsonrpc":"2.0","result":%s,"id":%s}' % (result.encode(), ident.encode())
 
 
-INVALID = error(-32600, "Invalid Request")
+def invalid(reason, ident="null"):
+    return error(-32600, "Invalid Request", ident, reason)
+
+
+NO_OBJECT = invalid("a call must be an object")
+NO_VERSION = invalid('jsonrpc must be "2.0"')
+NO_METHOD = invalid("method must be text")
+NO_PARAMS = invalid("params must be an array or an object")
+NO_ID = invalid("id must be text, a number or null")
 MI_ROWS = [
     (b'{"jsonrpc":"2.0","method":"httpd_list_root_path","id":1}',
      ok('[{"http_root":"mi","module":"mi_http"},{"http_root":"echo","module":"test"}]'), "newest first"),
@@ -4708,25 +4869,25 @@ MI_ROWS = [
     (b"[Infinity]", error(-32700, "Parse error"), "no JSON: Infinity"),
     (b'\xef\xbb\xbf{}', error(-32700, "Parse error"), "no JSON: a byte order mark"),
     (b"'a'", error(-32700, "Parse error"), "no JSON: single quotes"),
-    (b"1", INVALID, "no request: a number"),
-    (b'"x"', INVALID, "no request: text"),
-    (b"null", INVALID, "no request: null"),
-    (b"true", INVALID, "no request: true"),
-    (b"{}", INVALID, "no request: an empty object"),
-    (b"[]", INVALID, "no request: an empty batch"),
-    (b'{"jsonrpc":"1.0","method":"none"}', INVALID, "no request: version 1.0"),
-    (b'{"jsonrpc":2.0,"method":"none"}', INVALID, "no request: the version as a number"),
-    (b'{"method":"none"}', INVALID, "no request: no version"),
-    (b'{"jsonrpc":"2.0","method":1}', INVALID, "no request: a number as method"),
-    (b'{"jsonrpc":"2.0"}', INVALID, "no request: no method"),
-    (b'{"jsonrpc":"2.0","method":"none","params":null}', INVALID, "no request: params are null"),
-    (b'{"jsonrpc":"2.0","method":"none","params":1}', INVALID, "no request: params are a number"),
-    (b'{"jsonrpc":"2.0","method":"none","params":"x"}', INVALID, "no request: params are text"),
-    (b'{"jsonrpc":"2.0","method":"none","id":true}', INVALID, "no request: an id that is true"),
-    (b'{"jsonrpc":"2.0","method":"none","id":[]}', INVALID, "no request: an id that is a list"),
-    (b'{"jsonrpc":"2.0","method":"none","id":{}}', INVALID, "no request: an id that is an object"),
-    (b'{"jsonrpc":"2.0","method":"none","id":1e999}', INVALID, "no request: an id without end"),
-    (b'{"jsonrpc":"2.0","method":1,"id":7}', error(-32600, "Invalid Request", "7"), "an invalid request with an id"),
+    (b"1", NO_OBJECT, "no request: a number"),
+    (b'"x"', NO_OBJECT, "no request: text"),
+    (b"null", NO_OBJECT, "no request: null"),
+    (b"true", NO_OBJECT, "no request: true"),
+    (b"{}", NO_VERSION, "no request: an empty object"),
+    (b"[]", NO_OBJECT, "no request: an empty batch"),
+    (b'{"jsonrpc":"1.0","method":"none"}', NO_VERSION, "no request: version 1.0"),
+    (b'{"jsonrpc":2.0,"method":"none"}', NO_VERSION, "no request: the version as a number"),
+    (b'{"method":"none"}', NO_VERSION, "no request: no version"),
+    (b'{"jsonrpc":"2.0","method":1}', NO_METHOD, "no request: a number as method"),
+    (b'{"jsonrpc":"2.0"}', NO_METHOD, "no request: no method"),
+    (b'{"jsonrpc":"2.0","method":"none","params":null}', NO_PARAMS, "no request: params are null"),
+    (b'{"jsonrpc":"2.0","method":"none","params":1}', NO_PARAMS, "no request: params are a number"),
+    (b'{"jsonrpc":"2.0","method":"none","params":"x"}', NO_PARAMS, "no request: params are text"),
+    (b'{"jsonrpc":"2.0","method":"none","id":true}', NO_ID, "no request: an id that is true"),
+    (b'{"jsonrpc":"2.0","method":"none","id":[]}', NO_ID, "no request: an id that is a list"),
+    (b'{"jsonrpc":"2.0","method":"none","id":{}}', NO_ID, "no request: an id that is an object"),
+    (b'{"jsonrpc":"2.0","method":"none","id":1e999}', NO_ID, "no request: an id without end"),
+    (b'{"jsonrpc":"2.0","method":1,"id":7}', invalid("method must be text", "7"), "an invalid request with an id"),
     (b'{"jsonrpc":"2.0","method":"none","id":"x"}', ok("null", '"x"'), "the id text"),
     (b'{"jsonrpc":"2.0","method":"none","id":0}', ok("null", '0'), "the id 0"),
     (b'{"jsonrpc":"2.0","method":"none","id":-1}', ok("null", '-1'), "the id negative"),
@@ -4743,10 +4904,10 @@ MI_ROWS = [
     (b'{"jsonrpc":"2.0","method":"nothing"}', b"", "a notification of what there is not"),
     (b'[{"jsonrpc":"2.0","method":"none","id":1},{"jsonrpc":"2.0","method":"none"},1,'
      b'{"jsonrpc":"2.0","method":"none","id":"2"}]',
-     b"[" + ok("null") + b"," + INVALID + b"," + ok("null", '"2"') + b"]", "a batch"),
+     b"[" + ok("null") + b"," + NO_OBJECT + b"," + ok("null", '"2"') + b"]", "a batch"),
     (b'[{"jsonrpc":"2.0","method":"none"},{"jsonrpc":"2.0","method":"none"}]', b"", "a batch of notifications"),
-    (b"[1]", b"[" + INVALID + b"]", "a batch of one"),
-    (b'[[]]', b"[" + INVALID + b"]", "a batch in a batch"),
+    (b"[1]", b"[" + NO_OBJECT + b"]", "a batch of one"),
+    (b'[[]]', b"[" + NO_OBJECT + b"]", "a batch in a batch"),
 ]
 
 
@@ -4774,11 +4935,22 @@ MI_REFUSED = [
     (b"xapplication/json", (), 415, "x"),
     (b"Application/JSON; charset=utf-8", (), 200, "any case, parameters"),
     (b"text/xml", (), 200, "text/xml is tolerated"),
-    (b"application/json-rpc", (), 200, "begins with it"),
+    (b"application/json-rpc", (), 415, "begins with it"),
+    (b"application/jsonfoo", (), 415, "begins with it, by chance"),
+    (b"text/xmlfoo", (), 415, "begins with the other"),
+    (b"application/json;charset=utf-8", (), 200, "a parameter without a blank"),
     (b"application/json", (b"Origin: http://evil",), 403, "a foreign origin"),
     (b"application/json", (b"Origin: null",), 403, "the origin null"),
     (b"application/json", (b"Origin: http://EXAMPLE",), 200, "its own origin"),
-    (b"application/json", (b"Origin: https://example",), 403, "the other scheme"),
+    (b"application/json", (b"Origin: https://example",), 200, "a proxy has taken TLS off"),
+    (b"application/json", (b"Origin: https://example:444",), 200, "a proxy on another port has"),
+    (b"application/json", (b"Origin: http://example:80",), 200, "the default port"),
+    (b"application/json", (b"Origin: http://example:81",), 403, "another port"),
+    (b"application/json", (b"Origin: https://evil",), 403, "another host, with TLS"),
+    (b"application/json", (b"Origin: ftp://example",), 403, "no web page"),
+    (b"application/json", (b"Origin: http://example:x",), 403, "no port"),
+    (b"application/json", (b"Origin: http://[",), 403, "no host"),
+    (b"application/json", (b"Origin: http://example.evil",), 403, "a longer name"),
 ]
 
 
@@ -4826,23 +4998,53 @@ def test_register_mi_refuses_what_is_taken():
             httpd.register_mi(name, fails)
 
 
-def test_a_batch_whose_answer_outgrows_the_page(server):
-    httpd.register_mi("large", lambda: "x" * 100000)
+@pytest.mark.parametrize("threads", [False, True])
+def test_answers_larger_than_the_page_lose_nothing(server, threads):
+    httpd.register_mi("large", lambda: "x" * 100000, threads=threads)
     httpd.loadmodule("mi_http")
-    body = b"[" + b",".join([b'{"jsonrpc":"2.0","method":"large","id":1}'] * 20) + b"]"
-    answer, = answers(exchange(server, post(body, b"Content-Type: application/json", path=b"/mi"))[0])
-    assert answer.status == 200
-    assert answer.json()["error"]["code"] == -32000
-    assert "buf_size" in answer.json()["error"]["data"]
+    calls = [{"jsonrpc": "2.0", "method": "large", "id": number} for number in range(12)]
+    for _ in range(2):
+        raw = post(json.dumps(calls).encode(), b"Content-Type: application/json", path=b"/mi")
+        answer, = answers(exchange(server, raw)[0])
+        assert answer.status == 200 and int(answer.headers["Content-Length"]) > server.params.buf_size
+        assert [(one["id"], len(one["result"])) for one in answer.json()] == [(n, 100000) for n in range(12)]
+    wait_for(lambda: server.held == 0 and server.disk.used == 0, server)
+
+
+def test_an_answer_larger_than_the_page_and_the_disk(caplog):
+    httpd.register_mi("large", lambda: "x" * 3000000)
+    httpd.loadmodule("mi_http")
+    server = httpd.Server(**LOCAL, spool_size=0)
+    raw = post(b'{"jsonrpc":"2.0","method":"large","id":1}', b"Content-Type: application/json", path=b"/mi")
+    answer, = answers(exchange(server, raw)[0])
+    assert answer.status == 500 and b"done, but the answer cannot be sent" in answer.body
+    server.stop(0)
+
+
+def test_pretty_printing(server):
+    httpd.modparam("mi_http", "pretty_printing", "1")
+    httpd.loadmodule("mi_http")
+    raw = post(b'{"jsonrpc":"2.0","method":"version","id":"a"}', b"Content-Type: application/json", path=b"/mi")
+    answer, = answers(exchange(server, raw)[0])
+    assert b'{\n    "jsonrpc": "2.0",\n' in answer.body and answer.json()["id"] == "a"
+
+
+@table("name, value, expected", [
+    ("mi_http_root", "manage", "manage", "root"),
+    ("trace_destination", "x", "mi", "tracing"),
+    ("trace_bwlist", "b: ps", "mi", "what is traced"),
+])
+def test_parameters_of_opensips_own_mi_http(tmp_path, caplog, name, value, expected):
+    httpd.load_config(config(tmp_path, 'loadmodule "mi_http.so"\nmodparam("mi_http", "%s", "%s")' % (name, value)))
+    assert list(httpd.roots) == [expected]
+    assert caplog.text.count("mi_http: %s has no effect here" % name) == (expected == "mi")
 
 
 def test_batches_are_bounded(mi):
     call = {"jsonrpc": "2.0", "method": "x"}
     assert mi([call] * 26).status == 202  # as many as the smallest post_buf_size takes
-    server = types.SimpleNamespace(counters=httpd.Counters())
-    connection = types.SimpleNamespace(server=server)
-    told = httpd.begin_mi(types.SimpleNamespace(body=json.dumps([call] * 101).encode(), _connection=connection))
-    assert json.loads(told)["error"]["code"] == -32600
+    told = httpd.begin_mi(json.dumps([call] * 101).encode(), print, httpd.Counters())
+    assert json.loads(told)["error"] == {"code": -32600, "message": "Invalid Request", "data": "more than 100 calls"}
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -5072,7 +5274,7 @@ def test_connections_by_state_and_what_becomes_of_them(scrape):
 def test_what_is_larger_than_the_page_is_streamed(scrape):
     server = httpd.Server(**LOCAL, buf_size=256)
     answer, = answers(exchange(server, get(b"/metrics"))[0])
-    assert answer.headers["Transfer-Encoding"] == "chunked" and "process_open_fds" in samples(answer.body.decode())
+    assert int(answer.headers["Content-Length"]) > 256 and "process_open_fds" in samples(answer.body.decode())
     head, = answers(exchange(server, get(b"/metrics").replace(b"GET", b"HEAD"), methods="HEAD")[0], "HEAD")
     assert head.status == 200 and server.held == 0
     server.stop(0)
@@ -5751,8 +5953,8 @@ def test_a_large_upload(running, threads):
     assert fetch(running, raw)[1].body == expected
 
 
-def test_wsgi_body_size(server):
-    httpd.modparam("httpd", "wsgi_body_size", 5000)
+def test_wsgi_body_size():
+    server = httpd.Server(**LOCAL, wsgi_body_size=5000)
     mount(inspect)
     content = b"x" * 5000
     assert answers(exchange(server, post(content, path=b"/app"))[0])[0].status == 200
@@ -6028,7 +6230,23 @@ COMMAND_ROWS = [
     (["-t", "bad.cfg"], 1, r"bad\.cfg:2: .*\nbad\.cfg:3: .*\n", "-t says the same"),
     (["good.cfg", "-o", "port=1"], 1, r"-o port=1: httpd: port must be 0 or 1024 to 65535, not '1'\n",
      "-o is checked"),
-    (["taken.cfg"], 1, r".*cannot listen on 127\.0\.0\.1 port \d+: Address already in use\n", "a port in use"),
+    (["taken.cfg"], 1,
+     r"taken\.cfg:3: httpd: cannot listen on 127\.0\.0\.1 port \d+: Address already in use: end the program .*\n",
+     "a port in use"),
+    (["away.cfg"], 1, r"away\.cfg: httpd: cannot listen on 192\.0\.2\.1 port .*: set ip to an address of .*\n",
+     "an address of another machine"),
+    (["good.cfg", "-o", "tls_ca_file"], 2, r"(?s)usage: .*-o tls_ca_file: write -o NAME=VALUE\n", "-o without ="),
+    (["latin.cfg"], 1, r"latin\.cfg:2: httpd: is not UTF-8: save the file in that encoding\n", "no UTF-8"),
+    (["big.cfg"], 1, r"big\.cfg:3: httpd: memory_budget 4194304 has no room .*: lower post_buf_size, or .*\n",
+     "more than memory_budget"),
+    (["raises.cfg"], 1,
+     r"raises\.cfg:2: raises: cannot be loaded: KeyError: 'x', raised at \S*raises\.py:2\n", "a module that fails"),
+    (["leaves.cfg"], 1,
+     r"leaves\.cfg:2: leaves: cannot be loaded: SystemExit: 3, raised at \S*leaves\.py:2\n", "a module that exits"),
+    (["runs.cfg"], 1, r"runs\.cfg:2: runs: calls httpd\.run\(\) while it is loaded: write that below .*\n",
+     "a module that is a program"),
+    (["starts.cfg"], 1, r"starts\.cfg: starts: an init_proc_cb failed: KeyError: 'y', raised at \S*starts\.py:3\n",
+     "an init_proc_cb that fails"),
     (["half.cfg"], 1, r"half\.cfg:2: httpd: .*tls_cert_file.*\n", "OPENSIPS, never 11: one half of TLS"),
     ([], 2, r"usage: .*\n.*the following arguments are required: file\n", "no arguments"),
     (["--nonsense"], 2, r"(?s)usage: .*", "unknown option"),
@@ -6041,12 +6259,45 @@ def test_operators_mistakes_are_a_line_each(tmp_path, server, arguments, status,
     (tmp_path / "bad.cfg").write_text("[httpd]\nprot = 1\nport = x")
     (tmp_path / "taken.cfg").write_text("[httpd]\nip = 127.0.0.1\nport = %d" % server.port)
     (tmp_path / "half.cfg").write_text("[httpd]\ntls_key_file = x")
+    (tmp_path / "away.cfg").write_text("[httpd]\nip = 192.0.2.1")
+    (tmp_path / "latin.cfg").write_bytes(b"[httpd]\n# \xe4\n")
+    (tmp_path / "big.cfg").write_text("[httpd]\nip = 127.0.0.1\npost_buf_size = 3000000")
+    for module, code in (
+            ("raises", "import httpd\n{}['x']"), ("leaves", "import sys\nsys.exit(3)"),
+            ("runs", "import httpd\nhttpd.run()"),
+            ("starts", "import httpd\ndef begin():\n    {}['y']\n"
+                       "httpd.register_httpdcb('starts', 'x', lambda request, page: 200, None, begin)")):
+        (tmp_path / (module + ".py")).write_text(code)
+        (tmp_path / (module + ".cfg")).write_text("\n[%s]\n[httpd]\nip = 127.0.0.1\nport = 0" % module)
     with command(*arguments, cwd=tmp_path) as process:
         output = process.communicate(timeout=20)
     assert process.returncode == status
     assert re.fullmatch(stderr, output[1])
     assert output[0] == ""
     assert "Traceback" not in output[1]
+
+
+@pytest.mark.parametrize("reader", ["/dev/full", "a reader that has gone"])
+def test_a_banner_that_cannot_be_printed_is_no_reason_not_to_serve(tmp_path, reader):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = config(tmp_path, "[httpd]\nip = 127.0.0.1\nport = %d\n[mi_http]" % port)
+    hearing, speaking = os.pipe()
+    os.close(hearing)
+    if reader == "/dev/full":
+        os.close(speaking)
+        speaking = os.open(reader, os.O_WRONLY)
+    line = [sys.executable, str(HERE / "httpd.py"), path]
+    with subprocess.Popen(line, stdout=speaking, stderr=subprocess.PIPE, text=True) as process:
+        os.close(speaking)
+        wait_for(lambda: serves(port))
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
+
+
+def serves(port):
+    with contextlib.suppress(ConnectionRefusedError):
+        return raw_get(port, raw=get(b"/mi")) == 405
 
 
 # README: "Every mistake is a line FILE:LINE: MODULE: what to do". What comes from the files has neither.

@@ -4803,8 +4803,8 @@ def describe_fault(call: Call, error: BaseException) -> dict[str, Any]:
 class Batch:
     """The calls of one request and their answers, of which threads bring some."""
 
-    def __init__(self, resume: Callable[[], None], counters: Counters, calls: list[Call],
-                 alone: bool) -> None:
+    def __init__(self, resume: Callable[[], None], counters: Counters,
+                 calls: list[Call], alone: bool) -> None:
         self.resume = resume            # to be called when a thread has brought an answer
         self.counters = counters
         self.calls = calls
@@ -4864,7 +4864,8 @@ def is_own_origin(request: Request) -> bool:
 
 
 def begin_mi(
-        content: bytes, resume: Callable[[], None], counters: Counters) -> Union[str, Batch]:
+        content: bytes, resume: Callable[[], None],
+        counters: Counters) -> Union[str, Batch]:
     """Read what is asked for, and carry it out, unless threads have to: then `resume` is called."""
     try:
         text = content.decode()
@@ -4894,13 +4895,9 @@ def check_mi_request(request: Request) -> None:
         raise HTTPError(403, "pages of another origin may not send commands")
 
 
-def write_or_spool(text: str, request: Request, page: Page) -> None:
-    """Write to the page; what is larger is kept for flush_spool()."""
-    with suppress(BufferError):
-        page.write(text)
-        return
+def spool_answer(answer: bytes, request: Request, page: Page) -> None:
+    """Keep an answer that is larger than the page, for flush_spool()."""
     request.state = Spool(request.disk)
-    answer = text.encode()
     try:
         request.state.write(answer)
     except OSError as error:
@@ -4942,7 +4939,10 @@ class MIRoot:
             return 202
         if self.pretty:
             answer = json.dumps(json.loads(answer), indent=4)
-        write_or_spool(answer, request, page)
+        try:
+            page.write(answer)
+        except BufferError:
+            spool_answer(answer.encode(), request, page)
         return 200
 
 
@@ -5142,7 +5142,8 @@ def check_metric(name: str, kind: str, help: Any, function: Any, labels: Any) ->
 
 
 def show_cells(
-        name: str, kind: str, help: str, label: str, cells: Mapping[str, int]) -> None:
+        name: str, kind: str, help: str,
+        label: str, cells: Mapping[str, int]) -> None:
     """A metric of cells, by the value of its label; if that is empty there is one cell only."""
     def lines(snapshot: Snapshot) -> Iterable[str]:
         for value, cell in cells.items():
@@ -5286,7 +5287,11 @@ def answer_metrics(request: Request, page: Page) -> int:
     if openmetrics:
         page.content_type = OPENMETRICS
     snapshot = Snapshot(server, server.counters.totals(), server.counters.series())
-    write_or_spool(exposition(snapshot, openmetrics), request, page)
+    text = exposition(snapshot, openmetrics)
+    try:
+        page.write(text)
+    except BufferError:
+        spool_answer(text.encode(), request, page)
     return 200
 
 

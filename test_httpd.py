@@ -3711,7 +3711,7 @@ COST_ROWS = [
     (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 18, "a field never seen before"),
     (lambda number: get(b"/h") * 16, 16, 70, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"),
-     1, 20, "JSON-RPC"),
+     1, 21, "JSON-RPC"),
 ]
 
 

@@ -5230,8 +5230,10 @@ def count_response(response: Response) -> None:
     """The observer. On the hot path: no property, and nothing is made text."""
     connection, request, _, status, size, seconds, _ = response
     counters = connection.server.counters
-    series: Series = ("httpd_requests_total", "", "", status)
-    if request is not None:
+    series: Series
+    if request is None:
+        series = ("httpd_requests_total", "", "", status)
+    else:
         series = ("httpd_requests_total", request._root.name, request._head.method, status)
     place = counters.slots.get(series) or counters.slot(series)
     row = counters.row

@@ -51,7 +51,8 @@ HERE = pathlib.Path(__file__).parent
 HOST = b"Host: example\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LOCAL = {"ip": "127.0.0.1", "port": 0, "allowed_hosts": "*"}
-REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "observers", "known_methods")
+REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "observers", "known_methods",
+              "metrics")
 ended = math.inf  # so many answers never come: what is due is the end of the connection
 
 
@@ -3984,7 +3985,7 @@ COST_ROWS = [
     (lambda number: get(b"/h", b"X-Unique: %d" % number), 1, 18, "a field never seen before"),
     (lambda number: get(b"/h") * 16, 16, 70, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"),
-     1, 23, "JSON-RPC"),
+     1, 24, "JSON-RPC"),
 ]
 
 
@@ -5260,7 +5261,7 @@ def test_mi_commands_of_every_server(mi, server):
         "httpd:requests",
         "httpd:connections",
     ]
-    assert len(call("get_statistics", "httpd:")["result"]) == 4
+    assert list(call("get_statistics", "httpd:")["result"]) == ["httpd:" + name for name in httpd.CELLS]
     assert call("get_statistics", ["x:"])["error"]["code"] == 404
 
 
@@ -5316,7 +5317,7 @@ def test_parameters_of_opensips_own_mi_http(tmp_path, caplog, name, value, expec
 def test_batches_are_bounded(mi):
     call = {"jsonrpc": "2.0", "method": "x"}
     assert mi([call] * 26).status == 202  # as many as the smallest post_buf_size takes
-    told = httpd.begin_mi(json.dumps([call] * 101).encode(), print)
+    told = httpd.begin_mi(json.dumps([call] * 101).encode(), print, httpd.Counters())
     assert json.loads(told)["error"] == {"code": -32600, "message": "Invalid Request", "data": "more than 100 calls"}
 
 
@@ -5420,6 +5421,291 @@ def test_a_half_closed_client_gets_the_answer_of_a_command_in_a_thread(mi, serve
         client.send(raw.replace(b"HTTP/1.1", b"HTTP/1.0"))
         client.shutdown(socket.SHUT_WR)
         assert answers(read(client))[0].json()["result"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------- prometheus
+
+@pytest.fixture
+def scrape(server):
+    """The samples at /metrics, as a dict of texts; also a server in another state."""
+    httpd.loadmodule("prometheus")
+    return functools.partial(samples_of, server)
+
+
+def samples_of(server, *fields):
+    return samples(answers(exchange(server, get(b"/metrics", *fields))[0])[0].body.decode())
+
+
+def samples(text):
+    lines = [line for line in text.split("\n") if line and not line.startswith("#")]
+    assert len({line.rpartition(" ")[0] for line in lines}) == len(lines), "a sample stands there twice"
+    return {name: value for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@table("raw, labels", [
+    (get(), 'root="echo",method="GET",code="200"', "a GET"),
+    (get().replace(b"GET", b"HEAD"), 'root="echo",method="HEAD",code="200"', "a HEAD"),
+    (get(b"/echo/secret?password"), 'root="echo",method="GET",code="200"', "a path is no label"),
+    (get(b"/secret"), 'root="",method="GET",code="404"', "nor if there is no such root"),
+    (get().replace(b"GET", b"DELETE"), 'root="echo",method="DELETE",code="405"', "a method that the root has not"),
+    (get().replace(b"GET", b"SECRET"), 'root="",method="",code="501"', "a method that nobody has is no label"),
+    (b"\x00", 'root="",method="",code="400"', "what was no request"),
+    (get(b"/later"), 'root="later",method="GET",code="201"', "a stream"),
+    (get(b"/breaks"), 'root="breaks",method="GET",code="500"', "a handler that fails"),
+])
+def test_requests_are_counted_by_root_method_and_code(server, scrape, raw, labels):
+    httpd.register_httpdcb("test", "later", lambda request, page: 201, lambda request, pos, buf: httpd.END)
+    httpd.register_httpdcb("test", "breaks", lambda request, page: 1 / 0)
+    for _ in range(3):
+        exchange(server, raw, methods=raw[:4].decode().strip())
+    found = scrape()
+    assert [name for name in found if name.startswith("httpd_requests_total")] == ["httpd_requests_total{%s}" % labels]
+    assert found["httpd_requests_total{%s}" % labels] == "3" and not any("secret" in name.lower() for name in found)
+    root = labels.partition(",")[0]
+    assert found["httpd_request_duration_seconds_count{%s}" % root] == "3"
+    assert found['httpd_request_duration_seconds_bucket{%s,le="+Inf"}' % root] == "3"
+    assert float(found["httpd_request_duration_seconds_sum{%s}" % root]) > 0
+    assert list(scrape())[1] == 'httpd_requests_total{root="metrics",method="GET",code="200"}'
+
+
+def test_content_is_counted_and_buckets_add_up(server, scrape):
+    httpd.register_httpdcb("test", "slow", lambda request, page: time.sleep(0.003) or page.write(b"four") and 200)
+    exchange(server, get(b"/slow") * 2 + get(b"/slow").replace(b"GET", b"HEAD"), due=3, methods=["GET", "GET", "HEAD"])
+    found = scrape()
+    assert found['httpd_response_bytes_total{root="slow"}'] == "8"
+    counts = [int(value) for name, value in found.items() if name.startswith('httpd_request_duration_seconds_bucket')]
+    assert len(counts) == 14 and counts == sorted(counts) and counts[2] == 0 and counts[-1] == 3
+
+
+@table("accept, kind", [
+    (b"", "text/plain; version=0.0.4; charset=utf-8", "a browser's nothing"),
+    (b"*/*", "text/plain; version=0.0.4; charset=utf-8", "curl"),
+    (b"application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+     b"text/plain;version=0.0.4;q=0.3,*/*;q=0.2", httpd.OPENMETRICS, "Prometheus 2"),
+    (b"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;q=0.5", httpd.OPENMETRICS,
+     "Prometheus 3"),
+    (b"application/openmetrics-text", httpd.OPENMETRICS, "no version"),
+    (b"application/openmetrics-text; version=0.0.1", httpd.TEXT, "a version that we do not speak"),
+    (b"application/openmetrics-text;q=0", httpd.TEXT, "it is refused"),
+    (b"application/openmetrics-text;q=0.2, text/plain;q=0.3", httpd.TEXT, "text is wanted more"),
+    (b"application/openmetrics-text;q=x", httpd.TEXT, "no number"),
+])
+def test_formats(server, scrape, accept, kind):
+    answer, = answers(exchange(server, get(b"/metrics", b"Accept: " + accept))[0])
+    text, openmetrics = answer.body.decode(), kind == httpd.OPENMETRICS
+    assert answer.status == 200 and answer.headers["Content-Type"] == kind
+    assert text.endswith("\n# EOF\n") == openmetrics
+    types = re.findall("(?m)^# TYPE (.*) (.*)$", text)
+    assert len(dict(types)) == len(types)
+    for name, what in types:  # OpenMetrics names the family, 0.0.4 the samples
+        assert name.endswith("_total") == (what == "counter" and not openmetrics), name
+
+
+@table("sent, kind", [
+    (b"", "idle", "nothing at all"),
+    (get(), "idle", "nothing after an answer"),
+    (get()[:20], "head", "half a head"),
+    (post(b"x" * 100)[:-50], "content", "half of the content"),
+    (get(b"/large") * 9, "output", "answers that are not read"),
+])
+def test_timeouts_by_kind(server, scrape, far_away, sent, kind):
+    httpd.register_httpdcb("test", "large", large)
+    with connect(server, takes=5000) as client:
+        client.sendall(sent)
+        wait_for(lambda: server.connections and not server.loop.greedy, server)
+        for _ in range(5):
+            server.run_once(0.02)
+        connection, = server.connections
+        connection.expire()
+        found = scrape()
+    kinds = {"idle": "0", "head": "0", "content": "0", "output": "0", kind: "1"}
+    assert {name: found['httpd_timeouts_total{kind="%s"}' % name] for name in kinds} == kinds
+
+
+def test_connections_by_state_and_what_becomes_of_them(scrape):
+    httpd.register_httpdcb("test", "wait", lambda request, page: httpd.SUSPEND)
+    server = httpd.Server(**LOCAL, max_connections=3)
+    with connect(server) as waiting, connect(server) as receiving, connect(server) as idle:
+        waiting.sendall(get(b"/wait"))
+        receiving.sendall(b"GET")
+        idle.sendall(get(b"/none"))
+        wait_for(lambda: len(server.connections) == 3 and server.requests == 1, server)
+        found = samples_of(server)  # for which the idle one goes
+        names = ("idle", "receiving", "sending", "suspended", "closing")
+        shown = [found['httpd_connections{state="%s"}' % name] for name in names]
+        assert shown == ["1", "1", "0", "1", "0"]  # idle: who asks
+        assert found["httpd_connections_evicted_total"] == "1" and found["httpd_connections_accepted_total"] == "4"
+        assert found["httpd_memory_budget_bytes"] == "4194304" and int(found["httpd_memory_held_bytes"]) > 0
+        others = [connect(server) for _ in range(3)]
+        for other in others:
+            other.sendall(get(b"/wait"))
+        wait_for(lambda: server.counters.row[httpd.REFUSED_CONNECTIONS], server)
+        for other in others:
+            other.close()
+    server.stop(0)
+
+
+def test_what_is_larger_than_the_page_is_streamed(scrape):
+    server = httpd.Server(**LOCAL, buf_size=256)
+    answer, = answers(exchange(server, get(b"/metrics"))[0])
+    assert int(answer.headers["Content-Length"]) > 256 and "process_open_fds" in samples(answer.body.decode())
+    head, = answers(exchange(server, get(b"/metrics").replace(b"GET", b"HEAD"), methods="HEAD")[0], "HEAD")
+    assert head.status == 200 and server.held == 0
+    server.stop(0)
+
+
+def test_process_metrics_are_those_of_the_client_libraries(scrape):
+    found = {name: float(value) for name, value in scrape().items() if name.startswith("process_")}
+    assert abs(found["process_open_fds"] - descriptors()) < 5
+    assert found["process_max_fds"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert 0 < found["process_cpu_seconds_total"] <= time.process_time()
+    assert 0 < found["process_resident_memory_bytes"] < found["process_virtual_memory_bytes"]
+    assert time.time() - 86400 < found["process_start_time_seconds"] < time.time()
+
+
+@table("name, kind, function, labels, message", [
+    ("a-b", "gauge", int, (), "a name is made of letters, digits, _ and :", "a bad name"),
+    ("1a", "gauge", int, (), "a name is made of letters, digits, _ and :", "a digit first"),
+    ("a\n", "gauge", int, (), "a name is made of letters, digits, _ and :", "a line end"),
+    ("a", "histogram", int, (), 'the kind is "counter" or "gauge"', "another kind"),
+    ("a", "counter", int, (), "the name of a counter ends in _total", "a counter without _total"),
+    ("a_total", "gauge", int, (), "the name of a counter ends in _total", "a gauge with _total"),
+    ("taken", "gauge", int, (), "the name is taken", "a name that is taken"),
+    ("taken_total", "counter", int, (), "the name is taken", "a name that OpenMetrics takes for the same"),
+    ("process_open_fds", "gauge", int, (), "the name is taken", "a name of ours"),
+    ("httpd_x", "gauge", int, (), "the name is taken", "a name that may become ours"),
+    ("a", "gauge", 5, (), "no function: 5", "no function"),
+    ("a", "gauge", int, "queue", "labels must be a tuple of names", "labels that are a text"),
+    ("a", "gauge", int, ("__a",), "labels must be a tuple of names", "a label of Prometheus' own"),
+    ("a", "gauge", int, ("a:b",), "labels must be a tuple of names", "a colon in a label"),
+])
+def test_register_metric_refuses(name, kind, function, labels, message):
+    httpd.register_metric("taken", "gauge", "A name.", int)
+    for help in ("", None, b"bytes"):
+        with pytest.raises(httpd.ConfigError, match="the help says nothing"):
+            httpd.register_metric("a", "gauge", help, int)
+    with pytest.raises(httpd.ConfigError, match='^metric "%s": %s' % (re.escape(name), re.escape(message))):
+        httpd.register_metric(name, kind, "It says something.", function, labels=labels)
+
+
+@table("kind, result, labels, expected", [
+    ("gauge", 5, (), {"": "5"}, "a number"),
+    ("gauge", -0.5, (), {"": "-0.5"}, "a negative one"),
+    ("gauge", math.inf, (), {"": "+Inf"}, "infinity"),
+    ("gauge", math.nan, (), {"": "NaN"}, "no number"),
+    ("counter", 0, (), {"": "0"}, "a counter"),
+    ("gauge", {"in": 1, "out": 2}, ("way",), {'{way="in"}': "1", '{way="out"}': "2"}, "a label"),
+    ("gauge", {("in", 5): 1}, ("way", "port"), {'{way="in",port="5"}': "1"}, "two labels"),
+    ("gauge", {'a"b\\c\nd': 1}, ("x",), {'{x="a\\"b\\\\c\\nd"}': "1"}, "what has to be escaped"),
+    ("gauge", {"\ud800": 1}, ("x",), {'{x="\ufffd"}': "1"}, "text that cannot leave"),
+    ("gauge", {}, ("x",), {}, "nothing yet"),
+    ("counter", -1, (), None, "a negative count"),
+    ("counter", math.nan, (), None, "a count that is no number"),
+    ("gauge", True, (), None, "a bool"),
+    ("gauge", "5", (), None, "text"),
+    ("gauge", {"a": 1}, (), None, "a dict, and no labels"),
+    ("gauge", 5, ("x",), None, "labels, and no dict"),
+    ("gauge", {"a": 1}, ("x", "y"), None, "too few values"),
+    ("gauge", 10 ** 5000, (), None, "a number of 5,000 digits"),
+])
+def test_register_metric(scrape, caplog, kind, result, labels, expected):
+    name = "test_total" if kind == "counter" else "test"
+    httpd.register_metric(name, kind, 'Text "with"\nlines \\.', lambda: result, labels=labels)
+    found = scrape()
+    assert "process_open_fds" in found
+    mine = {key[len(name):]: value for key, value in found.items() if key.startswith(name)}
+    assert mine == (expected or {})
+    assert ("the metric %s failed" % name in caplog.text) == (expected is None)
+
+
+def test_a_metric_that_fails_is_left_out(server, scrape, caplog):
+    httpd.register_metric("test", "gauge", "It fails.", lambda: 1 / 0)
+    assert "test" not in scrape() and "ZeroDivisionError" in caplog.text
+    text = exchange(server, get(b"/metrics"))[0].decode()
+    assert "# TYPE test " not in text and "# TYPE process_open_fds gauge\n" in text
+
+
+def test_mi_commands_are_counted(mi, scrape):
+    httpd.register_mi("later", lambda fail=False: 1 / 0 if fail else 1, threads=True)
+    for method in ("version", "version", "secret", "later"):
+        mi({"jsonrpc": "2.0", "method": method, "id": 1})
+    mi([{"jsonrpc": "2.0", "method": "later", "params": [True]}, {"jsonrpc": "2.0", "method": "version"}, 5])
+    found = {name[23:]: value for name, value in scrape().items() if name.startswith("httpd_mi_commands_total")}
+    assert found == {
+        '{command="version",outcome="ok"}': "3", '{command="later",outcome="ok"}': "1",
+        '{command="",outcome="error"}': "2", '{command="later",outcome="error"}': "1"}
+
+
+def test_statistics_of_mi_begin_again_and_metrics_do_not(mi, scrape):
+    def call(method, *params):
+        return mi({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}).json().get("result")
+
+    assert call("list_statistics")["httpd:accepted"] == "incremental"
+    assert call("list_statistics")["httpd:connections"] == "non-incremental"
+    assert list(call("list_statistics")) == list(call("get_statistics", "all"))
+    assert call("get_statistics", [["requests"], [["httpd:accepted", "nothing"]]]) == {
+        "httpd:requests": 4, "httpd:accepted": 5}
+    assert call("reset_statistics", ["requests", "budget_bytes"]) == "OK"
+    assert call("get_statistics", ["requests", "accepted", "budget_bytes"]) == {
+        "httpd:requests": 1, "httpd:accepted": 7, "httpd:budget_bytes": 4194304}
+    assert call("reset_statistics", ["nothing"]) is None and scrape()["httpd_connections_accepted_total"] == "9"
+
+
+def test_counters_are_shared_by_processes():
+    counters = httpd.Counters(3)
+    counters.add("a", "x", "200")
+    child = os.fork()
+    if not child:
+        counters.take(1)
+        counters.row[httpd.REQUESTS] += 5
+        counters.row[httpd.HELD_BYTES] += 7
+        counters.add("b", "y")
+        counters.add("a", "x", "200")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    counts = {series: numbers[0] for series, numbers in counters.series().items()}
+    assert counts == {("a", "x", "200"): 2, ("b", "y"): 1}
+    assert counters.totals()[httpd.REQUESTS] == 5 and counters.totals()[httpd.HELD_BYTES] == 7
+    counters.take(1)  # a replacement: it goes on, and gauges begin anew
+    counters.add("b", "y")
+    counters.row[counters.slot(("a", "x", 200))] += 1
+    assert {series: numbers[0] for series, numbers in counters.series().items()} == {
+        ("a", "x", "200"): 3, ("b", "y"): 2}
+    assert counters.totals()[httpd.REQUESTS] == 5 and counters.totals()[httpd.HELD_BYTES] == 0
+    assert all(8 * len(row) % 64 == 0 for row in counters.rows)
+
+
+def test_series_that_find_no_room_are_counted_as_other():
+    counters = httpd.Counters()
+    counters.add("a", "x" * 127, "y")
+    for number in range(1000):
+        counters.add("a", "root%d" % number, "GET")
+        counters.add("b", "root%d" % number)
+    found = {series: numbers[0] for series, numbers in counters.series().items()}
+    assert sum(found.values()) == 2001 and len(counters.slots) == len(found) == httpd.SLOTS + 1
+    assert found["a", "other", "other"] > 800 and found["b", "other"] > 800 and ("a", "root0", "GET") in found
+
+
+def test_tls_is_counted(pki, scrape):
+    files = dict(tls_cert_file=pki / "ec.pem", tls_key_file=pki / "ec.key", tls_ciphers=BOTH)
+    server = httpd.Server(**LOCAL, **files)
+    with server:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_3):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.minimum_version = context.maximum_version = version
+            with context.wrap_socket(connect(server)) as client:
+                client.sendall(get(b"/metrics", b"Connection: close"))
+                found = samples(Answer(client, "GET").body.decode())
+        with connect(server) as client:
+            client.sendall(b"\x16\x03\x01\x00\x05hello")
+            read(client)
+        wait_for(lambda: ("httpd_tls_handshake_failures_total", "none") in server.counters.slots)
+    assert found['httpd_tls_handshakes_total{version="TLSv1.2"}'] == "1"
+    assert found['httpd_tls_handshakes_total{version="TLSv1.3"}'] == "2"
+    end = subprocess.run(["openssl", "x509", "-noout", "-enddate", "-in", str(pki / "ec.pem")],
+                         capture_output=True, text=True).stdout.strip().partition("=")[2]
+    assert float(found["httpd_tls_certificate_expiry_timestamp_seconds"]) == ssl.cert_time_to_seconds(end)
 
 
 # ---------------------------------------------------------------------------------------------------------------- WSGI
@@ -7898,7 +8184,7 @@ def test_example_cfg_works_as_it_is(tmp_path):
     values = httpd.in_force("httpd")
     assert values["ip"] == "127.0.0.1"
     assert values["port"] == 8888
-    assert list(httpd.roots) == ["mi"]
+    assert list(httpd.roots) == ["mi", "metrics"]
     text = (HERE / "example.cfg").read_text(encoding="utf-8")
     for row in httpd.PARAMETERS["httpd"]:
         assert re.search(r"^#? ?%s =" % row.name, text, re.MULTILINE), row.name

@@ -188,9 +188,9 @@ def check_root(text: str) -> None:
 
 
 # By Parameter.kind: raises ValueError, which says what a text must be. The section TLS adds
-# "priority".
+# "priority", Access log "log format".
 checks: dict[str, Callable[[str], object]] = {
-    "text": str, "address": check_address, "root": check_root}
+    "text": str, "address": check_address, "path": str, "root": check_root}
 
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
@@ -224,6 +224,10 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
         Parameter("max_header_size", 16384, "bytes of request line and fields; larger: 414 or 431",
                   256, 2**16),
         Parameter("grace_timeout", 10.0, "seconds that requests in flight get at shutdown"),
+        Parameter("access_log", "", "file for a line for each response; -: stdout; syslog:; "
+                  "empty: none", kind="path"),
+        Parameter("access_log_format", "combined",
+                  "combined, as Apache and nginx have it, or json", kind="log format"),
     ),
     "mi_http": (
         Parameter("root", "mi", "root path of JSON-RPC", kind="root"),
@@ -299,6 +303,8 @@ class Limits:
     max_connections: int
     max_header_size: int
     grace_timeout: float
+    access_log: str
+    access_log_format: str
     memo_size: int          # bytes for heads that have been parsed
     held_size: int          # bytes for what is under way
     keep_alive: float       # conn_timeout, which has no end if that is 0
@@ -777,13 +783,14 @@ def describe_subject(subject: Any) -> str:
 class Request:
     """What the client asks for. Only `state` is the handler's own. For the server's thread."""
 
-    __slots__ = ("state", "body", "_connection", "_head", "_root", "_handler", "_form", "_resumed",
-                 "__weakref__")
+    __slots__ = ("state", "body", "note", "_connection", "_head", "_root", "_handler", "_form",
+                 "_resumed", "__weakref__")
 
     def __init__(self, connection: Connection, head: Head, root: Root, handler: AccessHandler,
                  body: bytes) -> None:
         self.state: Any = None
         self.body = body                # the content, transfer coding taken off
+        self.note = ""                  # for the access log; mi_http puts the commands there
         self._connection = connection
         self._head = head
         self._root = root
@@ -839,6 +846,11 @@ class Request:
     def client(self) -> tuple[str, int]:
         """Address and port of the peer."""
         return self._connection.client()
+
+    @property
+    def user(self) -> str:
+        """Who has authenticated; empty: nobody."""
+        return ""
 
     @property
     def server(self) -> tuple[str, int]:
@@ -3102,6 +3114,11 @@ class Timer:
         self._callback = None
 
 
+# What accompanies a server: each is called when it begins to listen, and may return what is called
+# when it has ended. The section Access log puts itself in.
+companions: list[Callable[[Server], Optional[Callable[[], object]]]] = []
+
+
 class Loop:
     """What a server waits with: made when it listens, dropped whole. It crosses no fork."""
 
@@ -3127,6 +3144,7 @@ class Loop:
         self.turning = False                    # it is being turned just now
         self.ready = False                      # the init_proc_cb's have run,
         self.failure: Optional[BaseException] = None        # or one has failed
+        self.endings: list[Callable[[], object]] = []       # what is called when it is over
         self.add(self.mailbox.bell, READ, self.mailbox.answer)
         self.add(self.hang_ups.fileno(), READ, self._tell_of_ends)
 
@@ -3208,6 +3226,8 @@ class Loop:
             timer()
 
     def close(self) -> None:
+        for ending in self.endings:
+            call_safely("the end of what accompanies a server", ending)
         for sock in self.closing:
             sock.close()
         mailbox = self.mailbox
@@ -3268,6 +3288,21 @@ class Candidates:
         if not self.found:
             self.idle_until = now + 0.25
         return None
+
+
+def listen_with(server: Server) -> Loop:
+    """A loop for the server, and what accompanies it. OSError or ConfigError: it cannot be."""
+    loop = Loop(server.params.ip, server.params.port)
+    try:
+        for companion in companions:
+            ending = companion(server)
+            if ending is not None:
+                loop.endings.append(ending)
+    except BaseException:
+        loop.close()
+        raise
+    servers.add(server)
+    return loop
 
 
 class Server:
@@ -3575,10 +3610,9 @@ class Server:
         """Listen, if it does not yet. None: it has ended."""
         with self._life:                        # the first call may come from two threads
             if self._loop is None and not self._ended.is_set():
-                self._loop = loop = Loop(self.params.ip, self.params.port)
+                self._loop = loop = listen_with(self)
                 self._address = loop.listener.address
                 loop.set_accepting(True, self._accept)
-                servers.add(self)
             return self._loop
 
     def _serve(self, loop: Loop, started: threading.Event) -> None:
@@ -4244,6 +4278,8 @@ _FLOAT = _INT + "([.][0-9]{1,17})?"
 NUMBERS = {int: _INT, "int": _INT, float: _FLOAT, "float": _FLOAT}
 STARTED = time.time()
 MI_BATCH = 100                          # calls in one batch
+NOTE_SIZE = 200                         # characters of their names that the access log is told
+ODD = re.compile("[^A-Za-z0-9_.:-]")    # in the name of a command
 PARSE_ERROR = '{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
 
 
@@ -4414,6 +4450,13 @@ def check_origin(request: Request) -> None:
             "pages of another origin may not send commands")
 
 
+def name_for_log(call: Call) -> str:
+    """The command's name. What is none must look like neither another name nor several."""
+    if call.command is not None:
+        return call.method
+    return ODD.sub("?", call.method[:NOTE_SIZE])
+
+
 def begin_mi(request: Request) -> Union[str, Batch]:
     """Read what is asked for, and carry it out, unless threads have to."""
     try:
@@ -4429,8 +4472,11 @@ def begin_mi(request: Request) -> Union[str, Batch]:
         fault = {"code": -32600, "message": "Invalid Request", "data": "more than 100 calls"}
         return refuse_call(read_call(None), fault)
     if isinstance(value, list) and value:
-        return Batch(request, [read_call(member) for member in value], False)
+        calls = [read_call(member) for member in value]
+        request.note = ",".join(map(name_for_log, calls))[:NOTE_SIZE]
+        return Batch(request, calls, False)
     call = read_call(value)
+    request.note = name_for_log(call)
     if call.command is not None and call.command.threads:
         return Batch(request, [call], True)
     return perform(call)
@@ -4521,6 +4567,324 @@ register_mi("get_statistics", mi_get_statistics)
 register_mi("version", lambda: {"Server": "httpd.py " + __version__})
 register_mi("uptime", mi_uptime)
 register_mi("ps", mi_ps)
+
+
+# --------------------------------------------------------------------------------------- Access log
+# A line for each response. The observer makes it, a thread of its own writes it: no disk stops the
+# service.
+
+COLLECT = 0.05              # seconds that lines wait for others: to wake a thread costs more than one
+# Characters of lines that wait for a slow disk, a quarter of a second of a busy server; as much again
+# may be in the hands of the thread.
+LOG_WAITING = 2**21
+LOG_RETRY = 1.0             # seconds until what could not be written is tried again
+LOG_CLOSING = 2.0           # seconds that the end of a server waits for its log
+SYSLOG = "/dev/log"
+UNSAFE = re.compile(r"[^ !#-\[\]-~]")
+JSON_LINE = (
+    '{"time":"%s","client":"%s","user":"%s","method":"%s","target":"%s","status":%s,"bytes":%s,'
+    '"seconds":%.6f,"referer":"%s","user_agent":"%s","whole":%s,"mi":"%s"}\n')
+
+
+def is_plain(text: str) -> bool:
+    """Whether text that the parser has accepted may stand there as it is.
+
+    Of control characters it has none but the tab. To look for each is a third of a pattern's price.
+    """
+    return text.isascii() and '"' not in text and "\\" not in text and "\t" not in text
+
+
+def escape_bytes(text: str) -> str:
+    r"""As nginx does: a quotation mark is \x22, since \" ends a field to many who read it."""
+    return UNSAFE.sub(lambda match: r"\x%02X" % ord(match[0]), text)
+
+
+def escape_json(text: str) -> str:
+    """What stands between the quotation marks, in ASCII."""
+    return encode_json(SURROGATE.sub("\ufffd", text))[1:-1]
+
+
+def first_line(garbage: bytes) -> str:
+    """Of what is no request. Others are fields, and may hold a password."""
+    line, _, _ = garbage.lstrip(b"\r\n").partition(b"\n")
+    return line.rstrip(b"\r").decode("latin-1")
+
+
+def combined_line(response: Response, now: str) -> str:
+    """As Apache and nginx write it, and goaccess, awstats and fail2ban read it."""
+    request = response.request
+    client = response.client[0] or "-"
+    if request is None:
+        what = escape_bytes(first_line(response.garbage)) or "-"
+        return '%s - - [%s] "%s" %s %s "-" "-"\n' % (
+            client, now, what, response.status, response.size)
+    headers = request.headers
+    target = request.target
+    referer = headers.get("referer") or "-"
+    agent = headers.get("user-agent") or "-"
+    if not is_plain(target + referer + agent):
+        target = escape_bytes(target)
+        referer = escape_bytes(referer)
+        agent = escape_bytes(agent)
+    user = request.user
+    if user:                            # a blank would end the field
+        octets = user.encode(errors="backslashreplace").decode("latin-1")
+        user = escape_bytes(octets).replace(" ", r"\x20")
+    return '%s - %s [%s] "%s %s %s" %s %s "%s" "%s"\n' % (
+        client, user or "-", now, request.method, target, request.version, response.status,
+        response.size, referer, agent)
+
+
+def json_line(response: Response, now: str) -> str:
+    """An object. `target` of what is no request is its first line."""
+    request = response.request
+    method = target = user = referer = agent = note = ""
+    if request is None:
+        target = escape_json(first_line(response.garbage))
+    else:
+        headers = request.headers
+        method = request.method
+        target = request.target
+        referer = headers.get("referer", "")
+        agent = headers.get("user-agent", "")
+        if not is_plain(target + referer + agent):
+            target = escape_json(target)
+            referer = escape_json(referer)
+            agent = escape_json(agent)
+        user = request.user and escape_json(request.user)
+        note = request.note and escape_json(request.note)
+    return JSON_LINE % (
+        now, response.client[0], user, method, target, response.status, response.size,
+        response.seconds, referer, agent, ("false", "true")[response.whole], note)
+
+
+def combined_time(now: float) -> str:
+    """26/Nov/2026:05:41:28 +0000, in English whatever the locale."""
+    _, day, month, year, clock, _ = formatdate(now, usegmt=True).split()
+    return "%s/%s/%s:%s +0000" % (day, month, year, clock)
+
+
+def json_time(now: float) -> str:
+    """RFC 3339."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+
+
+# access_log_format: what makes a line, and its time
+LOG_FORMATS: dict[str, tuple[Callable[[Response, str], str], Callable[[float], str]]] = {
+    "combined": (combined_line, combined_time), "json": (json_line, json_time)}
+
+
+def check_log_format(text: str) -> None:
+    if text not in LOG_FORMATS:
+        raise ValueError("must be %s" % " or ".join(LOG_FORMATS))
+
+
+class LogFile:
+    """Where lines go: a file that grows at its end, or stdout."""
+
+    def __init__(self, path: str) -> None:
+        if path == "-":
+            self.descriptor = os.dup(1)
+            return
+        # O_NONBLOCK: a FIFO that nobody reads is an error, not a wait. To write may take its time.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
+        self.descriptor = os.open(path, flags, 0o640)
+        os.set_blocking(self.descriptor, True)
+
+    def write(self, data: bytes) -> int:
+        """The bytes that it has taken. OSError: none."""
+        return os.write(self.descriptor, data)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class SystemLog:
+    """The same for syslog:, which need not be there yet."""
+
+    def __init__(self) -> None:
+        from logging.handlers import SysLogHandler      # 10 ms to import
+
+        def raise_again(record: logging.LogRecord) -> None:
+            raise
+
+        self.handler = SysLogHandler(SYSLOG, SysLogHandler.LOG_DAEMON)
+        self.handler.ident = "httpd: "
+        self.handler.handleError = raise_again  # type: ignore[method-assign]  # else: to stderr
+
+    def write(self, data: bytes) -> int:
+        done = 0
+        for line in data.splitlines():
+            record = logging.makeLogRecord({"msg": line.decode(), "levelname": "INFO"})
+            try:
+                self.handler.emit(record)
+            except OSError:
+                if done == 0:
+                    raise
+                break
+            done += len(line) + 1
+        return done
+
+    def close(self) -> None:
+        self.handler.close()
+
+
+def open_log(path: str) -> Union[LogFile, SystemLog]:
+    if path == "syslog:":
+        return SystemLog()
+    return LogFile(path)
+
+
+class AccessLog:
+    """The log of one server. OSError or ValueError: it cannot be opened.
+
+    tell() is for the server's thread; reopen() for any, and for a signal handler: so the bell is a
+    SimpleQueue, and no Event. What begins with an underscore is for the thread that writes.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.path: str = server.params.access_log
+        self.make_line, self.make_time = LOG_FORMATS[server.params.access_log_format]
+        self.file = open_log(self.path)
+        self.second = 0                         # when `time` was made
+        self.time = ""                          # of the lines of a second
+        self.lines: deque[str] = deque()
+        self.handed = 0     # characters that tell() has put there,
+        self.taken = 0      # and the thread has taken out: each counter has one who writes it
+        self.lost = 0                           # lines that there was no room for,
+        self.reported = 0                       # and those that have been spoken of
+        self.failing = False                    # which has been said
+        self.rest = b""                         # what has been taken, and is not written
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.awake = False                      # the thread is going to look
+        self.reopening = False
+        self.closing = False
+        self.thread = threading.Thread(target=self._work, name="httpd-log", daemon=True)
+        self.thread.start()
+
+    def tell(self, response: Response) -> None:
+        """The observer."""
+        if response.server is not self.server:
+            return
+        now = time.time()
+        if not 0 <= now - self.second < 1:
+            self.second = int(now)
+            self.time = self.make_time(now)
+        line = self.make_line(response, self.time)
+        if self.handed - self.taken > LOG_WAITING:
+            self.lost += 1
+            self._complain("it takes too long")
+            return
+        self.handed += len(line)
+        self.lines.append(line)
+        if not self.awake:
+            self.awake = True
+            self.bell.put(None)
+
+    def reopen(self) -> None:
+        """Go over to the file that has the name now: the old one has been moved away."""
+        self.reopening = True
+        self.bell.put(None)
+
+    def close(self) -> None:
+        """Write what waits, for at most LOG_CLOSING seconds."""
+        observers.remove(self.tell)
+        access_logs.remove(self)
+        self.closing = True
+        self.bell.put(None)
+        self.thread.join(LOG_CLOSING)
+        if self.thread.is_alive():
+            log.error("access_log %s: the end is lost, it takes too long", self.path)
+
+    def _complain(self, reason: object) -> None:
+        if not self.failing:
+            self.failing = True
+            log.error("access_log %s: lines are going to be lost: %s", self.path, reason)
+
+    def _work(self) -> None:
+        while not self.closing:
+            call_safely("the access log", self._wait_and_write)
+        while self._write():
+            pass
+        if self.rest or self.lost > self.reported:
+            lost = self.rest.count(b"\n") + len(self.lines) + self.lost - self.reported
+            log.error("access_log %s: %d lines are lost", self.path, lost)
+        self.file.close()
+
+    def _wait_and_write(self) -> None:
+        pending = self.rest or self.lines
+        with suppress(queue.Empty):
+            self.bell.get(timeout=LOG_RETRY if pending else None)
+        if not self.closing:
+            time.sleep(COLLECT)
+        self.awake = False              # before the lines are taken: who comes later rings again
+        if self.reopening:
+            self.reopening = False
+            self._open_again()
+        self._write()
+
+    def _open_again(self) -> None:
+        try:
+            file = open_log(self.path)
+        except OSError as error:
+            log.error("access_log %s is not opened again, the old file is used: %s",
+                      self.path, error)
+            return
+        self.file.close()
+        self.file = file
+        self.rest = self.rest.lstrip(b"\n")
+
+    def _write(self) -> bool:
+        """Write, at once, all that waits. False: there was nothing, or it is not possible."""
+        if not self.rest:
+            text = "".join([self.lines.popleft() for _ in range(len(self.lines))])
+            self.taken += len(text)
+            self.rest = text.encode("ascii", "replace")
+        if not self.rest:
+            return False
+        data, lost = self.rest, self.lost
+        try:
+            done = self.file.write(data)
+        except OSError as error:
+            self._complain(error)
+            return False
+        self.rest = b""
+        if done < len(data):
+            # A torn line is ended, and comes again as a whole: another process, or another file, may
+            # have been written to meanwhile, and a rest would begin with what a client has said.
+            start = data.rfind(b"\n", 0, done) + 1
+            self.rest = data[start:]
+            if start < done:
+                self.rest = b"\n" + self.rest
+        elif self.failing and self.lost == lost:
+            log.warning("access_log %s is written again, %d lines were lost",
+                        self.path, lost - self.reported)
+            self.failing = False
+            self.reported = lost
+        return True
+
+
+# those that are open
+access_logs: list[AccessLog] = []
+
+
+def begin_access_log(server: Server) -> Optional[Callable[[], None]]:
+    path = server.params.access_log
+    if not path:
+        return None
+    try:
+        access_log = AccessLog(server)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "httpd: access_log %s cannot be opened: %s" % (path, error), "access_log") from None
+    observers.append(access_log.tell)
+    access_logs.append(access_log)
+    return access_log.close
+
+
+checks["log format"] = check_log_format
+companions.append(begin_access_log)
 
 
 # --------------------------------------------------------------------------------------------- WSGI
@@ -4921,7 +5285,8 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
 # --------------------------------------------------------------------------------------------- main
 
 def run(**parameters: Any) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload_tls().
+    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload_tls(), and the
+    access log is opened again.
 
     Main thread. ConfigError, or OSError if it cannot listen.
     """
@@ -4936,7 +5301,10 @@ def run(**parameters: Any) -> None:
         stopped.append(number)
 
     def renew(number: int, frame: Any) -> None:
-        server.reload_tls()
+        for access_log in access_logs:
+            access_log.reopen()
+        if server.transport.context is not None or not access_logs:
+            server.reload_tls()
 
     wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: renew}
     previous = {}
@@ -4945,7 +5313,8 @@ def run(**parameters: Any) -> None:
             previous[number] = signal.signal(number, handler)
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
-        print(banner, flush=True)
+        # lines of the log, and nothing else, go to stdout
+        print(banner, flush=True, file=sys.stderr if server.params.access_log == "-" else None)
         # full collections need not look at what was loaded: 3 ms
         freeze = getattr(gc, "freeze", None)
         if freeze is not None:

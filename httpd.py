@@ -845,7 +845,8 @@ class Request:
     @property
     def client(self) -> tuple[str, int]:
         """Address and port of the peer."""
-        return self._connection.client()
+        connection = self._connection
+        return connection.address or connection.client()
 
     @property
     def user(self) -> str:
@@ -4581,17 +4582,10 @@ LOG_RETRY = 1.0             # seconds until what could not be written is tried a
 LOG_CLOSING = 2.0           # seconds that the end of a server waits for its log
 SYSLOG = "/dev/log"
 UNSAFE = re.compile(r"[^ !#-\[\]-~]")
-JSON_LINE = (
-    '{"time":"%s","client":"%s","user":"%s","method":"%s","target":"%s","status":%s,"bytes":%s,'
-    '"seconds":%.6f,"referer":"%s","user_agent":"%s","whole":%s,"mi":"%s"}\n')
-
-
-def is_plain(text: str) -> bool:
-    """Whether text that the parser has accepted may stand there as it is.
-
-    Of control characters it has none but the tab. To look for each is a third of a pattern's price.
-    """
-    return text.isascii() and '"' not in text and "\\" not in text and "\t" not in text
+# Heads whose texts are kept, if they are remembered and not large: half the price of a line. Of so
+# many bytes, together 1 MiB.
+KNOWN_HEADS = 256
+KNOWN_WEIGHT = 4096
 
 
 def escape_bytes(text: str) -> str:
@@ -4610,52 +4604,46 @@ def first_line(garbage: bytes) -> str:
     return line.rstrip(b"\r").decode("latin-1")
 
 
-def combined_line(response: Response, now: str) -> str:
+class Wire(NamedTuple):
+    """What a client has said, as it stands in a line."""
+    request: str
+    fields: str
+
+
+def combined_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
+    """`words`: method, target and version, or the one line of what was no request."""
+    request = escape_bytes(" ".join(words)) or "-"
+    return Wire(request, '"%s" "%s"' % (escape_bytes(referer) or "-", escape_bytes(agent) or "-"))
+
+
+def combined_line(response: Response, wire: Wire, user: str, now: str) -> str:
     """As Apache and nginx write it, and goaccess, awstats and fail2ban read it."""
-    request = response.request
-    client = response.client[0] or "-"
-    if request is None:
-        what = escape_bytes(first_line(response.garbage)) or "-"
-        return '%s - - [%s] "%s" %s %s "-" "-"\n' % (
-            client, now, what, response.status, response.size)
-    headers = request.headers
-    target = request.target
-    referer = headers.get("referer") or "-"
-    agent = headers.get("user-agent") or "-"
-    if not is_plain(target + referer + agent):
-        target = escape_bytes(target)
-        referer = escape_bytes(referer)
-        agent = escape_bytes(agent)
-    user = request.user
     if user:                            # a blank would end the field
         octets = user.encode(errors="backslashreplace").decode("latin-1")
         user = escape_bytes(octets).replace(" ", r"\x20")
-    return '%s - %s [%s] "%s %s %s" %s %s "%s" "%s"\n' % (
-        client, user or "-", now, request.method, target, request.version, response.status,
-        response.size, referer, agent)
+    return '%s - %s [%s] "%s" %s %s %s\n' % (
+        response.client[0] or "-", user or "-", now, wire.request, response.status, response.size,
+        wire.fields)
 
 
-def json_line(response: Response, now: str) -> str:
-    """An object. `target` of what is no request is its first line."""
-    request = response.request
-    method = target = user = referer = agent = note = ""
-    if request is None:
-        target = escape_json(first_line(response.garbage))
-    else:
-        headers = request.headers
-        method = request.method
-        target = request.target
-        referer = headers.get("referer", "")
-        agent = headers.get("user-agent", "")
-        if not is_plain(target + referer + agent):
-            target = escape_json(target)
-            referer = escape_json(referer)
-            agent = escape_json(agent)
-        user = request.user and escape_json(request.user)
-        note = request.note and escape_json(request.note)
-    return JSON_LINE % (
-        now, response.client[0], user, method, target, response.status, response.size,
-        response.seconds, referer, agent, ("false", "true")[response.whole], note)
+def json_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
+    """The one line of what was no request is called a target without a method."""
+    method, target, _ = words if len(words) > 1 else ("", words[0], "")
+    request = '"method":"%s","target":"%s"' % (method, escape_json(target))
+    fields = '"referer":"%s","user_agent":"%s"' % (escape_json(referer), escape_json(agent))
+    return Wire(request, fields)
+
+
+def json_line(response: Response, wire: Wire, user: str, now: str) -> str:
+    """An object."""
+    note = ""
+    if response.request is not None and response.request.note:
+        note = escape_json(response.request.note)
+    return (
+        '{"time":"%s","client":"%s","user":"%s",%s,"status":%s,"bytes":%s,"seconds":%.6f,%s,'
+        '"whole":%s,"mi":"%s"}\n' % (
+            now, response.client[0], user and escape_json(user), wire.request, response.status,
+            response.size, response.seconds, wire.fields, ("false", "true")[response.whole], note))
 
 
 def combined_time(now: float) -> str:
@@ -4669,9 +4657,17 @@ def json_time(now: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
 
 
-# access_log_format: what makes a line, and its time
-LOG_FORMATS: dict[str, tuple[Callable[[Response, str], str], Callable[[float], str]]] = {
-    "combined": (combined_line, combined_time), "json": (json_line, json_time)}
+class LogFormat(NamedTuple):
+    """What makes a line: of what a client has said, of all, of the time."""
+    wire: Callable[[Sequence[str], str, str], Wire]
+    line: Callable[[Response, Wire, str, str], str]
+    time: Callable[[float], str]
+
+
+LOG_FORMATS = {
+    "combined": LogFormat(combined_wire, combined_line, combined_time),
+    "json": LogFormat(json_wire, json_line, json_time),
+}
 
 
 def check_log_format(text: str) -> None:
@@ -4745,10 +4741,11 @@ class AccessLog:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.path: str = server.params.access_log
-        self.make_line, self.make_time = LOG_FORMATS[server.params.access_log_format]
+        self.format = LOG_FORMATS[server.params.access_log_format]
         self.file = open_log(self.path)
         self.second = 0                         # when `time` was made
         self.time = ""                          # of the lines of a second
+        self.known: dict[int, tuple[Head, Wire]] = {}       # by the id() of the head
         self.lines: deque[str] = deque()
         self.handed = 0     # characters that tell() has put there,
         self.taken = 0      # and the thread has taken out: each counter has one who writes it
@@ -4770,8 +4767,18 @@ class AccessLog:
         now = time.time()
         if not 0 <= now - self.second < 1:
             self.second = int(now)
-            self.time = self.make_time(now)
-        line = self.make_line(response, self.time)
+            self.time = self.format.time(now)
+        request = response.request
+        if request is None:
+            wire, user = self.format.wire((first_line(response.garbage),), "", ""), ""
+        else:
+            head, user = request._head, request.user
+            known = self.known.get(id(head))
+            if known is not None and known[0] is head:
+                wire = known[1]
+            else:
+                wire = self._learn(head)
+        line = self.format.line(response, wire, user, self.time)
         if self.handed - self.taken > LOG_WAITING:
             self.lost += 1
             self._complain("it takes too long")
@@ -4781,6 +4788,16 @@ class AccessLog:
         if not self.awake:
             self.awake = True
             self.bell.put(None)
+
+    def _learn(self, head: Head) -> Wire:
+        get = head.fields.headers.get
+        words = (head.method, head.target, head.version)
+        wire = self.format.wire(words, get("referer", ""), get("user-agent", ""))
+        if id(head) in self.server.heads.whole.stored and weight(head) < KNOWN_WEIGHT:
+            if len(self.known) >= KNOWN_HEADS:
+                self.known.clear()
+            self.known[id(head)] = (head, wire)
+        return wire
 
     def reopen(self) -> None:
         """Go over to the file that has the name now: the old one has been moved away."""

@@ -4616,13 +4616,13 @@ def combined_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
     return Wire(request, '"%s" "%s"' % (escape_bytes(referer) or "-", escape_bytes(agent) or "-"))
 
 
-def combined_line(response: Response, wire: Wire, user: str, now: str) -> str:
+def combined_line(response: Response, wire: Wire, client: str, user: str, now: str) -> str:
     """As Apache and nginx write it, and goaccess, awstats and fail2ban read it."""
     if user:                            # a blank would end the field
         octets = user.encode(errors="backslashreplace").decode("latin-1")
         user = escape_bytes(octets).replace(" ", r"\x20")
     return '%s - %s [%s] "%s" %s %s %s\n' % (
-        response.client[0] or "-", user or "-", now, wire.request, response.status, response.size,
+        client or "-", user or "-", now, wire.request, response.status, response.size,
         wire.fields)
 
 
@@ -4634,7 +4634,7 @@ def json_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
     return Wire(request, fields)
 
 
-def json_line(response: Response, wire: Wire, user: str, now: str) -> str:
+def json_line(response: Response, wire: Wire, client: str, user: str, now: str) -> str:
     """An object."""
     note = ""
     if response.request is not None and response.request.note:
@@ -4642,7 +4642,7 @@ def json_line(response: Response, wire: Wire, user: str, now: str) -> str:
     return (
         '{"time":"%s","client":"%s","user":"%s",%s,"status":%s,"bytes":%s,"seconds":%.6f,%s,'
         '"whole":%s,"mi":"%s"}\n' % (
-            now, response.client[0], user and escape_json(user), wire.request, response.status,
+            now, client, user and escape_json(user), wire.request, response.status,
             response.size, response.seconds, wire.fields, ("false", "true")[response.whole], note))
 
 
@@ -4660,7 +4660,7 @@ def json_time(now: float) -> str:
 class LogFormat(NamedTuple):
     """What makes a line: of what a client has said, of all, of the time."""
     wire: Callable[[Sequence[str], str, str], Wire]
-    line: Callable[[Response, Wire, str, str], str]
+    line: Callable[[Response, Wire, str, str, str], str]
     time: Callable[[float], str]
 
 
@@ -4743,9 +4743,10 @@ class AccessLog:
         self.path: str = server.params.access_log
         self.format = LOG_FORMATS[server.params.access_log_format]
         self.file = open_log(self.path)
-        self.second = 0                         # when `time` was made
+        self.make_line = self.format.line
         self.time = ""                          # of the lines of a second
-        self.known: dict[int, tuple[Head, Wire]] = {}       # by the id() of the head
+        self.next_second = 0.0                  # when it ends, on the clock of time.monotonic()
+        self.known: dict[int, tuple[Head, Wire]] = {}   # by the id() of a head, which lives here
         self.lines: deque[str] = deque()
         self.handed = 0     # characters that tell() has put there,
         self.taken = 0      # and the thread has taken out: each counter has one who writes it
@@ -4764,21 +4765,19 @@ class AccessLog:
         """The observer."""
         if response.server is not self.server:
             return
-        now = time.time()
-        if not 0 <= now - self.second < 1:
-            self.second = int(now)
-            self.time = self.format.time(now)
+        if self.server.now >= self.next_second:     # the server's clock costs nothing
+            self.next_second = self.server.now + 1
+            self.time = self.format.time(time.time())
         request = response.request
         if request is None:
-            wire, user = self.format.wire((first_line(response.garbage),), "", ""), ""
+            wire = self.format.wire((first_line(response.garbage),), "", "")
+            line = self.make_line(response, wire, response.client[0], "", self.time)
         else:
-            head, user = request._head, request.user
-            known = self.known.get(id(head))
-            if known is not None and known[0] is head:
-                wire = known[1]
-            else:
-                wire = self._learn(head)
-        line = self.format.line(response, wire, user, self.time)
+            try:
+                _, wire = self.known[id(request._head)]
+            except KeyError:
+                wire = self._learn(request._head)
+            line = self.make_line(response, wire, request.client[0], request.user, self.time)
         if self.handed - self.taken > LOG_WAITING:
             self.lost += 1
             self._complain("it takes too long")

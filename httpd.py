@@ -4628,7 +4628,9 @@ def combined_line(response: Response, wire: Wire, client: str, user: str, now: s
 
 def json_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
     """The one line of what was no request is called a target without a method."""
-    method, target, _ = words if len(words) > 1 else ("", words[0], "")
+    method, target = "", words[0]
+    if len(words) > 1:
+        method, target, _ = words
     request = '"method":"%s","target":"%s"' % (method, escape_json(target))
     fields = '"referer":"%s","user_agent":"%s"' % (escape_json(referer), escape_json(agent))
     return Wire(request, fields)
@@ -4805,7 +4807,8 @@ class AccessLog:
 
     def close(self) -> None:
         """Write what waits, for at most LOG_CLOSING seconds."""
-        observers.remove(self.tell)
+        with suppress(ValueError):              # the program may have emptied the list
+            observers.remove(self.tell)
         access_logs.remove(self)
         self.closing = True
         self.bell.put(None)
@@ -4829,9 +4832,11 @@ class AccessLog:
         self.file.close()
 
     def _wait_and_write(self) -> None:
-        pending = self.rest or self.lines
+        timeout = None
+        if self.rest or self.lines:
+            timeout = LOG_RETRY
         with suppress(queue.Empty):
-            self.bell.get(timeout=LOG_RETRY if pending else None)
+            self.bell.get(timeout=timeout)
         if not self.closing:
             time.sleep(COLLECT)
         self.awake = False              # before the lines are taken: who comes later rings again
@@ -5329,8 +5334,10 @@ def run(**parameters: Any) -> None:
             previous[number] = signal.signal(number, handler)
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
-        # lines of the log, and nothing else, go to stdout
-        print(banner, flush=True, file=sys.stderr if server.params.access_log == "-" else None)
+        out = sys.stdout
+        if server.params.access_log == "-":     # lines of the log, and nothing else, go to stdout
+            out = sys.stderr
+        print(banner, flush=True, file=out)
         # full collections need not look at what was loaded: 3 ms
         freeze = getattr(gc, "freeze", None)
         if freeze is not None:

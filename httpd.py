@@ -4616,7 +4616,8 @@ def combined_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
     return Wire(request, '"%s" "%s"' % (escape_bytes(referer) or "-", escape_bytes(agent) or "-"))
 
 
-def combined_line(response: Response, wire: Wire, client: str, user: str, now: str) -> str:
+def combined_line(
+        response: Response, wire: Wire, client: str, user: str, now: str) -> str:
     """As Apache and nginx write it, and goaccess, awstats and fail2ban read it."""
     if user:                            # a blank would end the field
         octets = user.encode(errors="backslashreplace").decode("latin-1")
@@ -4624,6 +4625,9 @@ def combined_line(response: Response, wire: Wire, client: str, user: str, now: s
     return '%s - %s [%s] "%s" %s %s %s\n' % (
         client or "-", user or "-", now, wire.request, response.status, response.size,
         wire.fields)
+
+
+JSON_TRUTH = ("false", "true")
 
 
 def json_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
@@ -4636,7 +4640,8 @@ def json_wire(words: Sequence[str], referer: str, agent: str) -> Wire:
     return Wire(request, fields)
 
 
-def json_line(response: Response, wire: Wire, client: str, user: str, now: str) -> str:
+def json_line(
+        response: Response, wire: Wire, client: str, user: str, now: str) -> str:
     """An object."""
     note = ""
     if response.request is not None and response.request.note:
@@ -4645,7 +4650,7 @@ def json_line(response: Response, wire: Wire, client: str, user: str, now: str) 
         '{"time":"%s","client":"%s","user":"%s",%s,"status":%s,"bytes":%s,"seconds":%.6f,%s,'
         '"whole":%s,"mi":"%s"}\n' % (
             now, client, user and escape_json(user), wire.request, response.status,
-            response.size, response.seconds, wire.fields, ("false", "true")[response.whole], note))
+            response.size, response.seconds, wire.fields, JSON_TRUTH[response.whole], note))
 
 
 def combined_time(now: float) -> str:
@@ -4859,7 +4864,8 @@ class AccessLog:
     def _write(self) -> bool:
         """Write, at once, all that waits. False: there was nothing, or it is not possible."""
         if not self.rest:
-            text = "".join([self.lines.popleft() for _ in range(len(self.lines))])
+            count = len(self.lines)             # others may come meanwhile
+            text = "".join([self.lines.popleft() for _ in range(count)])
             self.taken += len(text)
             self.rest = text.encode("ascii", "replace")
         if not self.rest:

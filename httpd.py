@@ -4574,9 +4574,9 @@ register_mi("ps", mi_ps)
 # A line for each response. The observer makes it, a thread of its own writes it: no disk stops the
 # service.
 
-COLLECT = 0.05              # seconds that lines wait for others: to wake a thread costs more than one
-# Characters of lines that wait for a slow disk, a quarter of a second of a busy server; as much again
-# may be in the hands of the thread.
+COLLECT = 0.05              # seconds that lines wait for others: waking a thread costs as ten lines
+# Characters that wait for a slow disk, a quarter of a second of a busy server. The thread may have
+# as many in its hands.
 LOG_WAITING = 2**21
 LOG_RETRY = 1.0             # seconds until what could not be written is tried again
 LOG_CLOSING = 2.0           # seconds that the end of a server waits for its log
@@ -4878,8 +4878,8 @@ class AccessLog:
             return False
         self.rest = b""
         if done < len(data):
-            # A torn line is ended, and comes again as a whole: another process, or another file, may
-            # have been written to meanwhile, and a rest would begin with what a client has said.
+            # A torn line is ended, and comes again as a whole: others may write to the file, or it
+            # is another one by then, and a rest by itself could begin with a client's words.
             start = data.rfind(b"\n", 0, done) + 1
             self.rest = data[start:]
             if start < done:

@@ -5188,7 +5188,7 @@ def test_a_forked_child_writes_no_line(logging_server):
         if child == 0:
             os._exit(0)
         os.waitpid(child, 0)
-        return page.write("x") or 200
+        return page.write("x") and 200
 
     httpd.register_httpdcb("test", "fork", forks)
     exchange(server, get(b"/fork"))

@@ -5007,6 +5007,13 @@ ENVIRON_ROWS = [
     (b"PATCH /app", BODY, {"REQUEST_METHOD": "PATCH", "body": "abc"}, "PATCH with content"),
     (b"DELETE /app", BODY, {"REQUEST_METHOD": "DELETE", "body": "abc"}, "DELETE with content"),
     (b"OPTIONS /app", BODY, {"REQUEST_METHOD": "OPTIONS", "body": "abc"}, "OPTIONS with content"),
+    *((method + b" /app/x", BODY, {"REQUEST_METHOD": method.decode(), "PATH_INFO": "/x", "body": "abc"},
+       "every method: %s" % method.decode())
+      for method in (b"PROPFIND", b"MKCOL", b"REPORT", b"QUERY", b"get", b"*", b"X-|~")),
+    (b"PROPFIND /", b"\r\n", {"REQUEST_METHOD": "PROPFIND", "SCRIPT_NAME": ""}, "every method, mounted at the root"),
+    (b"MKCOL http://elsewhere/app/x", b"\r\n", {"REQUEST_METHOD": "MKCOL"}, "every method, absolute-form"),
+    (b"GET /app/a%2Fb?c=%20", b"\r\n", {"RAW_URI": "/app/a%2Fb?c=%20", "REQUEST_URI": "/app/a%2Fb?c=%20"},
+     "the target as sent"),
 ]
 
 
@@ -5020,6 +5027,115 @@ def test_environ(server, begin, rest, expected):
     assert told["SERVER_PORT"] == str(server.port)
     assert told["SERVER_NAME"] == told["REMOTE_ADDR"] == "127.0.0.1"
     assert told["SERVER_PROTOCOL"] == "HTTP/1.1"
+
+
+EVERY_METHOD_ROWS = [  # what comes, its answer, and what comes of it again: nothing depends on what has been seen
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\n\r\n", 200, "a root that takes every method"),
+    (b"PROPFIND /app HTTP/1.1\r\n\r\n", 400, "it is known there: the Host field is looked at"),
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400, "and the framing"),
+    (b"PROPFIND /echo HTTP/1.1\r\nHost: a\r\n\r\n", 501, "another root does not take it"),
+    (b"PROPFIND /echo HTTP/1.1\r\n\r\n", 501, "method before Host"),
+    (b"PROPFIND /none HTTP/1.1\r\nHost: a\r\n\r\n", 501, "nor does nobody: method before root"),
+    (b"PROPFIND /app HTTP/2.0\r\nHost: a\r\n\r\n", 505, "version before method"),
+    (b"PROPFIND /echo HTTP/1.1\r\nHost : a\r\n\r\n", 400, "grammar before method"),
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\nExpect: x\r\n\r\n", 417, "an expectation"),
+    (b"PROPFIND * HTTP/1.1\r\nHost: a\r\n\r\n", 400, "* is for OPTIONS only"),
+    (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 501, "CONNECT is for nobody"),
+    (b"CONNECT /app HTTP/1.1\r\nHost: a\r\n\r\n", 400, "nor in another form"),
+    (b"TRACE /app HTTP/1.1\r\nHost: a\r\n\r\n", 405, "TRACE neither"),
+]
+
+
+@table("raw, status", EVERY_METHOD_ROWS)
+def test_every_method(server, raw, status):
+    mount(inspect)
+    method = raw.partition(b" ")[0].decode()
+    for _ in range(4):  # cold, and when the head might be remembered
+        answer, = answers(exchange(server, raw)[0])
+        assert answer.status == status
+        if status == 405:
+            assert answer.headers["Allow"] == "GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS"
+        if status == 200:
+            assert answer.json()["REQUEST_METHOD"] == method
+
+
+def test_a_root_that_takes_every_method_may_go(server):
+    """What was known because of it is not any more: neither the answer nor the end depends on what was seen."""
+    mount(inspect)
+    raw = b"PROPFIND /app HTTP/1.1\r\nHost: a\r\n\r\n"
+    for _ in range(3):
+        assert answers(exchange(server, raw)[0])[0].status == 200
+    httpd.unregister_httpdcb("app")
+    data, end = exchange(server, raw)
+    assert (answers(data)[0].status, end) == (501, "closed")
+    httpd.register_httpdcb("test", "app", echo)
+    data, end = exchange(server, raw)
+    assert (answers(data)[0].status, end) == (501, "closed")
+    httpd.unregister_httpdcb("app")
+    httpd.register_httpdcb("test", "app", echo, methods=None)  # not for WSGI alone
+    told = answers(exchange(server, raw)[0])[0].json()
+    assert told["method"] == "PROPFIND"
+    assert answers(exchange(server, raw.replace(b"PROPFIND", b"OPTIONS"))[0])[0].json()["method"] == "OPTIONS"
+
+
+def test_the_input_is_a_file_and_the_wrapper_a_class(running):
+    """On every Python: io.TextIOWrapper asks a file more than PEP 3333 does."""
+    def app(environ, start_response):
+        content = environ["wsgi.input"]
+        assert content.readable() and content.seekable() and not content.closed
+        text = io.TextIOWrapper(content, "utf-8").read()
+        wrapped = environ["wsgi.file_wrapper"](io.BytesIO(text.encode()), 2)
+        assert isinstance(wrapped, environ["wsgi.file_wrapper"])
+        assert not isinstance([], environ["wsgi.file_wrapper"])
+        start_response("200 OK", [])
+        return wrapped
+
+    for root, threads in (("loop", 0), ("pool", 1)):
+        mount(app, threads, root)
+        for size in (0, 1, 300000):  # nothing, in memory, in a file
+            raw = post(b"x" * size, b"Connection: close", path=b"/" + root.encode())
+            assert fetch(running, raw)[1].body == b"x" * size
+
+
+def test_names_of_a_server_on_ipv6():
+    mount(inspect)
+    with httpd.Server(ip="::1", port=0) as server, connect(server, "::1") as client:
+        client.sendall(get(b"/app", b"Connection: close"))
+        told = answers(read(client))[0].json()
+    assert (told["SERVER_NAME"], told["REMOTE_ADDR"]) == ("[::1]", "::1")
+
+
+UPLOADS = """
+import gc, httpd, socket, sys, time
+def app(environ, start_response):
+    environ["wsgi.input"].read(5)
+    start_response("200 OK", [])
+    return [b"x"]
+httpd.register_wsgi("test", "loop", app)
+httpd.register_wsgi("test", "pool", app, threads=1)
+with httpd.Server(ip="127.0.0.1", port=0) as server:
+    for root in ("loop", "pool"):
+        for sent in (0, 1000, 200000, 399999, 400000):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(b"POST /%s HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 400000\\r\\n\\r\\n" % root.encode())
+                client.sendall(b"x" * sent)
+                if sent == 400000:
+                    assert client.recv(1000)
+                end = time.monotonic() + 10
+                while server.accepted == 0 and time.monotonic() < end:
+                    time.sleep(0.01)
+            while server.connections and time.monotonic() < end:
+                time.sleep(0.01)
+            gc.collect()
+"""
+
+
+def test_uploads_that_are_given_up_make_python_complain_of_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", UPLOADS],
+        cwd=tmp_path, env={"PYTHONPATH": str(HERE)}, timeout=30, capture_output=True, text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @wsgiref.validate.validator
@@ -5512,7 +5628,7 @@ def test_more_requests_than_threads(running):
 
 def test_more_requests_than_may_wait_for_a_thread(running, monkeypatch):
     gate, ran = threading.Event(), []
-    monkeypatch.setattr(httpd.Pool, "is_full", lambda self: self.jobs.qsize() >= 2)
+    monkeypatch.setattr(httpd.Pool.__init__, "__defaults__", (2,))
 
     def app(environ, start_response):
         ran.append(1)
@@ -5583,14 +5699,16 @@ def test_the_disk_has_again_what_is_given_back():
     assert (disk.free, disk.used) == (free, 0)
 
 
-def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch):
+def test_a_thread_that_cannot_be_started_is_tried_again(server, monkeypatch):
     pool, ran = httpd.Pool(1), threading.Event()
+    job = httpd.Job(ran, threading.Event.set)
     real = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
     with pytest.raises(RuntimeError):
-        pool.submit(ran.set)
+        pool.submit(job, server)
     monkeypatch.setattr(threading.Thread, "start", real)
-    pool.submit(ran.set)
+    pool.submit(job, server)
+    server.run_once(0)
     assert ran.wait(5)
 
 

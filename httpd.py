@@ -1244,7 +1244,8 @@ def check_host(text: str) -> None:
             raise HTTPError(400, "the host is no IPv6 address") from None
 
 
-def parse_section(pairs: Sequence[tuple[str, str]], old: bool, known: bool) -> Fields:
+def parse_section(
+        pairs: Sequence[tuple[str, str]], old: bool, known: bool) -> Fields:
     """What the fields of a section say together.
 
     `old`: a HTTP/1.0 client's. `known`: somebody may take the method.
@@ -1853,6 +1854,8 @@ class Spool:
 # Bytes of one recv(), so of the pipelined requests that one turn takes. As much as a TLS record:
 # nothing stays inside TLS then, where epoll does not see it.
 RECEIVE_SIZE = 16384
+# Of content. An upload of 64 KiB costs half as much as by 32 KiB a recv(); TLS gives its records.
+CONTENT_SIZE = 4 * RECEIVE_SIZE
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NOTHING = memoryview(b"")
 GREEDY = 16                 # requests that a connection has answered in one turn, or pieces of a
@@ -2592,7 +2595,7 @@ class Connection:
             if answers:
                 answers += self.out                     # a 100 (Continue) for the next one
                 self.out = memoryview(answers)
-        return self.state is stream or self.state is not idle and STATES[self.state].waits_for == 0
+        return self.state is not idle and self.state in GOES_ON
 
     def turn(self) -> None:
         """Send what is due and run states, until one waits.
@@ -2804,7 +2807,7 @@ def receive_head(connection: Connection) -> bool:
 
 
 def receive_content(connection: Connection) -> bool:
-    data = receive(connection, 4 * RECEIVE_SIZE)        # TLS gives no more than a record
+    data = receive(connection, CONTENT_SIZE)
     request = take_content(connection, data)
     return request is not None and connection.serve(request)
 
@@ -3004,6 +3007,9 @@ STATES: dict[State, StateRow] = {
     linger: StateRow(READ, "for_ever", close_silently, 1, OVER),        # so these go first
     closed: StateRow(0, "for_ever", close_silently, STAYS, OVER),
 }
+# States that run in the same turn, after what is to be sent.
+GOES_ON = frozenset({proceed, shut, end, stream})
+
 
 def credit(connection: Connection) -> None:
     """Once a second: what the client has acknowledged earns time, a second for each 500 bytes."""
@@ -4294,12 +4300,16 @@ class Pool:
         self.lock = threading.Lock()            # two servers may share a pool
 
     def is_full(self) -> bool:
+        if self.jobs.qsize() >= self.waiting:
+            self._forget_unwanted()
+        return self.jobs.qsize() + len(self.new) >= self.waiting
+
+    def _forget_unwanted(self) -> None:
         with suppress(queue.Empty):             # a thread has been faster
-            for _ in range(self.jobs.qsize() if self.jobs.qsize() >= self.waiting else 0):
+            for _ in range(self.jobs.qsize()):
                 job = self.jobs.get_nowait()
                 if job.is_wanted():
                     self.jobs.put(job)
-        return self.jobs.qsize() + len(self.new) >= self.waiting
 
     def submit(self, job: Job, server: Server) -> None:
         """Have a thread do it, after this turn of the loop. It sees to its own exceptions.
@@ -4679,7 +4689,9 @@ def environ_name(name: str) -> str:
     if "_" in name or name == "transfer-encoding":
         return ""
     key = name.upper().replace("-", "_")
-    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+    if key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        return key
+    return "HTTP_" + key
 
 
 environ_names = Small(environ_name)     # 0.7 to 2.1
@@ -4770,7 +4782,8 @@ class WSGIResponse:
     """What an application says by start_response() and write(). It does not know the iterable."""
     __slots__ = ("to_head", "put", "disk", "written", "said", "size", "count")
 
-    def __init__(self, request: Request, put: Optional[Callable[[bytes], Any]]) -> None:
+    def __init__(
+            self, request: Request, put: Optional[Callable[[bytes], Any]]) -> None:
         self.to_head = request.method == "HEAD"
         self.put = put                              # who takes what is written; None: we keep it
         self.disk = request.disk
@@ -4950,7 +4963,8 @@ class Handover:
 
     def _take_in(self, piece: bytes) -> bool:
         """Keep a piece, if there is room for it."""
-        if self.spool is None and self.in_memory() <= min(AHEAD_SIZE, self.disk.spare()):
+        most = min(AHEAD_SIZE, self.disk.spare())
+        if self.spool is None and self.in_memory() <= most:
             self.made += len(piece)
             self.queue.append(piece)
             return True
@@ -4973,7 +4987,8 @@ class Handover:
     def next_piece(self) -> Optional[bytes]:
         """In the loop: all of the queue, else a part of the file; None at the end."""
         is_whole = self.is_whole                    # what is there by now is all then
-        piece = b"".join([self.queue.popleft() for _ in range(len(self.queue))])
+        count = len(self.queue)
+        piece = b"".join([self.queue.popleft() for _ in range(count)])
         self.taken += len(piece)
         if not piece and self.spool is not None:
             piece = self._read_spool()

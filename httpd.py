@@ -4697,33 +4697,35 @@ def environ_name(name: str) -> str:
 environ_names = Small(environ_name)     # 0.7 to 2.1
 
 
-def wsgi_paths(request: Request) -> tuple[str, str]:
-    """SCRIPT_NAME and PATH_INFO: bytes as latin-1."""
-    script = "/" + request.root if request.root else ""
-    path = request.path
-    if "%" in request.target or not request.target.startswith("/"):
-        absolute = ABSOLUTE_FORM.fullmatch(request.target)
-        encoded = request.target.partition("?")[0]
-        if absolute is not None:
-            encoded = absolute[3] or ""
-        path = unquote_to_bytes(encoded).decode("latin-1")
-        if not path.startswith("/"):                            # of http://host, and of *
-            path = "/"
-    return script, path[len(script):]
+def wsgi_path(target: str) -> str:
+    """The decoded path: bytes as latin-1."""
+    absolute = ABSOLUTE_FORM.fullmatch(target)
+    encoded = target.partition("?")[0]
+    if absolute is not None:
+        encoded = absolute[3] or ""
+    path = unquote_to_bytes(encoded).decode("latin-1")
+    if path.startswith("/"):
+        return path
+    return "/"                                              # of http://host, and of *
 
 
 def wsgi_environ(request: Request, content: Optional[Spool], threads: int) -> dict[str, Any]:
     """PEP 3333's dictionary."""
-    script, path = wsgi_paths(request)
+    target, path = request.target, request.path
+    if "%" in target or target[0] != "/":       # else it is the same
+        path = wsgi_path(target)
+    script = request.root
+    if script:
+        script = "/" + script
     server, port = request.server
     client, client_port = request.client
     environ: dict[str, Any] = {
         "REQUEST_METHOD": request.method,
         "SCRIPT_NAME": script,
-        "PATH_INFO": path,
+        "PATH_INFO": path[len(script):],
         "QUERY_STRING": request.query,
-        "RAW_URI": request.target,              # as gunicorn calls it,
-        "REQUEST_URI": request.target,          # and uWSGI
+        "RAW_URI": target,                      # as gunicorn calls it,
+        "REQUEST_URI": target,                  # and uWSGI
         "SERVER_PROTOCOL": request.version,
         "SERVER_NAME": "[%s]" % server if ":" in server else server,
         "SERVER_PORT": str(port),
@@ -4819,7 +4821,7 @@ class WSGIResponse:
         if not piece:
             return False
         self.count += len(piece)
-        said = self.check()
+        said = self.said or self.check()
         if said.length is not None and self.count > said.length:
             raise RuntimeError(
                 "the application has made more than its Content-Length of %d" % said.length)
@@ -4840,14 +4842,15 @@ class WSGIResponse:
 class Pieces:
     """What an application has returned, piece by piece. It runs with context variables of its own:
     Flask keeps there who is asking."""
-    __slots__ = ("response", "run", "iterable", "next", "at", "is_whole")
+    __slots__ = ("response", "run", "iterable", "closes", "next", "at", "is_whole")
 
     def __init__(self, app: Application, environ: dict[str, Any], response: WSGIResponse) -> None:
         self.response = response
         self.run = run = copy_context().run
-        self.iterable: Any = None               # until it is closed
+        self.closes: Any = None                 # its close(), until that is called
         pieces: Any = run(app, environ, response.start)
         self.iterable = pieces
+        self.closes = getattr(pieces, "close", None)
         self.at = 0                             # bytes given of what write() has said
         self.is_whole = False                   # all that was announced is there: PEP 3333 stops
         self.next: Callable[[], bytes]
@@ -4878,14 +4881,13 @@ class Pieces:
         except StopIteration:
             self.is_whole = True
             if type(self.iterable) is GeneratorType:
-                self.iterable = None                # it has closed itself
+                self.closes = None                  # it has closed itself
         response.check()
         return None
 
     def close(self) -> None:
         """Once, however it ends. What that raises cuts no answer."""
-        close = getattr(self.iterable, "close", None)
-        self.iterable = None
+        close, self.closes = self.closes, None
         if close is not None:
             call_safely("close() of what an application has returned", self.run, close)
 
@@ -5038,26 +5040,25 @@ class Running:
         said, length = response.check(), response.length()
         page.set_headers(said.fields)
         if piece and self.source.is_whole and len(piece) == length:
-            with suppress(BufferError):
+            try:
                 page.write(piece)                   # 2.0 less than as a stream
-        if len(page):
-            self.close_later()
-        elif length is not None:
+                self.close_later()
+                return said.status
+            except BufferError:
+                pass
+        if length is not None:
             page.set_header("Content-Length", length)
         self.rest = memoryview(piece or b"")
         return said.status
 
     def next_piece(self, size: int) -> Optional[bytes]:
         """What is sent next, at most `size` bytes of what is in a file; None at the end."""
-        if self.spool is None:
-            return self._make_piece()
-        piece = self.spool.read(self.at, size)
-        self.at += len(piece)
-        if self.at == self.spool.size:
-            self.spool = None
-        return piece
-
-    def _make_piece(self) -> Optional[bytes]:
+        if self.spool is not None:
+            piece: Optional[bytes] = self.spool.read(self.at, size)
+            self.at += len(piece or b"")
+            if self.at == self.spool.size:
+                self.spool = None
+            return piece
         piece = None
         try:
             piece = self.source.next_piece()
@@ -5078,7 +5079,7 @@ class Running:
     def close_later(self) -> None:
         """All is made: the iterable is closed when it has left. A thread sees to that itself."""
         source = self.source
-        if isinstance(source, Pieces) and hasattr(source.iterable, "close"):
+        if isinstance(source, Pieces) and source.closes is not None:
             if self.close_now not in observers:
                 observers.append(self.close_now)
 

@@ -5396,6 +5396,115 @@ def test_the_iterable_is_closed_once(running, threads, caplog):
     assert results["head"].given == 1  # nobody wants the rest
 
 
+class ClosingList(list):
+    """A list that wants to be closed, as a framework's answer does."""
+
+    def close(self):
+        self.on_close()
+
+
+class ClosingPieces(Pieces):
+    def close(self):
+        self.on_close()
+
+
+CLOSING_ROWS = [  # what the application returns, its fields, what comes
+    (lambda: ClosingList([b"abc"]), [], b"abc", "a list"),
+    (lambda: ClosingPieces(b"abc"), length_field(3), b"abc", "the whole Content-Length in one piece"),
+    (lambda: ClosingPieces(b"abc", b"def"), length_field(6), b"abcdef", "in two pieces"),
+    (lambda: ClosingPieces(b"abc", b"def"), [], b"abcdef", "chunks"),
+    (lambda: ClosingPieces(), [], b"", "nothing"),
+    (lambda: ClosingPieces(b"x" * 300000), length_field(300000), b"x" * 300000, "a large piece"),
+    (lambda: ClosingList([b"x" * 200000] * 8), [], b"x" * 1600000, "a list larger than the page"),
+]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@table("result, fields, content", CLOSING_ROWS)
+def test_close_comes_behind_the_answer(running, caplog, threads, result, fields, content):
+    """A close() that takes long delays nobody's answer, and one that fails cuts none."""
+    read_all, closed = threading.Event(), []
+
+    def on_close():
+        closed.append(read_all.wait(5))
+        raise KeyError("in close")
+
+    def app(environ, start_response):
+        start_response("200 OK", fields)
+        made = result()
+        made.on_close = on_close
+        return made
+
+    mount(app, threads)
+    with connect(running) as client:
+        for number in (1, 2):  # the connection is kept
+            client.sendall(get(b"/app"))
+            assert answers(read(client, 1))[0].body == content
+            read_all.set()
+            wait_for(lambda: len(closed) == number)
+    assert closed == [True, True]
+    wait_for(lambda: caplog.text.count("KeyError: 'in close'") == 2)
+    assert "close() of what an application has returned failed" in caplog.text
+    wait_for(lambda: not running.connections)
+    assert httpd.observers == [] and running.held == 0
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_close_after_an_error_is_behind_it_too(running, caplog, threads):
+    read_all, closed = threading.Event(), []
+
+    def app(environ, start_response):
+        made = ClosingPieces(KeyError("planned"))
+        made.on_close = lambda: closed.append(read_all.wait(5))
+        start_response("200 OK", [])
+        return made
+
+    mount(app, threads)
+    with connect(running) as client:
+        client.sendall(get(b"/app"))
+        assert answers(read(client, 1))[0].status == 500
+        read_all.set()
+        wait_for(lambda: closed)
+    assert closed == [True] and httpd.observers == []
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_what_clients_have_echoed_makes_no_memo_grow(running, threads):
+    """Neither many small values nor large ones."""
+    def app(environ, start_response):
+        start_response("200 OK", [("X-Echo", environ["HTTP_X_ECHO"])])
+        return [b"x"]
+
+    mount(app, threads)
+    with connect(running) as client:
+        for number in range(600):
+            value = b"%d" % number + b"y" * (3000 * (number % 3 == 0))
+            client.sendall(get(b"/app", b"X-Echo: " + value, b"X-%d: z" % number))
+            assert answers(read(client, 1))[0].headers["X-Echo"] == value.decode()
+    for memo in (httpd.starts, httpd.checked_fields, httpd.environ_names):
+        assert len(memo) <= 128 and all(len(repr(key)) <= 512 for key in memo)
+    assert all(len(head) <= 512 for head in running.responses.heads.values())
+
+
+def test_set_headers(server):
+    def handler(request, page):
+        page.set_header("X-First", "1")
+        page.set_headers([("X-A", "a"), ("Content-Type", "text/x"), ("X-A", "b")])
+        for pairs in ([("X-A", "b\r\nc")], [("Connection", "x")], [("A b", "c")], [("Content-Length", "-1")]):
+            with pytest.raises(ValueError):
+                page.set_headers(pairs)
+        with pytest.raises(TypeError):
+            page.set_headers([("X-A", 1)])
+        page.write("x")
+        return 200
+
+    httpd.register_httpdcb("test", "pairs", handler)
+    for _ in range(2):
+        answer, = answers(exchange(server, get(b"/pairs"))[0])
+        assert (answer.status, answer.headers["Content-Type"], answer.headers["X-First"]) == (200, "text/x", "1")
+        assert answer.headers.get_all("X-A") == ["a", "b"]
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_client_that_goes_ends_its_application(running, threads, caplog):
     given, closed = [], threading.Event()

@@ -5167,7 +5167,7 @@ class Mount:
 
 def register_wsgi(module: str, root_path: str, app: Application, *, threads: int = 0) -> None:
     """Mount a WSGI application (PEP 3333): SCRIPT_NAME is `/root_path`; "" mounts it at / for what
-    no other root takes.
+    no other root takes. Every method but CONNECT and TRACE goes to it.
 
     threads   0: it runs in the server's thread, nobody else is served meanwhile, and its iterable
               is read as the client takes it. Else in so many threads; up to 16 MiB of a response

@@ -78,7 +78,6 @@ from typing import Any
 from typing import Callable
 from typing import Collection
 from typing import Dict
-from typing import Generator
 from typing import Iterable
 from typing import Iterator
 from typing import Mapping
@@ -5079,9 +5078,9 @@ class Running:
     def close_later(self) -> None:
         """All is made: the iterable is closed when it has left. A thread sees to that itself."""
         source = self.source
-        if isinstance(source, Pieces) and source.closes is not None:
-            if self.close_now not in observers:
-                observers.append(self.close_now)
+        closes = isinstance(source, Pieces) and source.closes is not None
+        if closes and self.close_now not in observers:
+            observers.append(self.close_now)
 
     def close_now(self, response: Response) -> None:
         """An observer, until the end of our own response is known."""

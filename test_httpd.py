@@ -5117,7 +5117,8 @@ with httpd.Server(ip="127.0.0.1", port=0) as server:
     for root in ("loop", "pool"):
         for sent in (0, 1000, 200000, 399999, 400000):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
-                client.sendall(b"POST /%s HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 400000\\r\\n\\r\\n" % root.encode())
+                client.sendall(b"POST /%s HTTP/1.1\\r\\nHost: x\\r\\n" % root.encode())
+                client.sendall(b"Content-Length: 400000\\r\\n\\r\\n")
                 client.sendall(b"x" * sent)
                 if sent == 400000:
                     assert client.recv(1000)

@@ -64,7 +64,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from contextlib import closing
 from contextlib import contextmanager
 from contextlib import suppress
 from contextvars import copy_context

@@ -4905,7 +4905,7 @@ class Handover:
         self.request: Optional[Request] = None      # while the application runs
         self.disk = request.disk
         self.pid = os.getpid()
-        # Only the thread adds, only the loop takes away: without a lock, which cost 4.
+        # Only the thread adds, only the loop takes away: without a lock.
         self.queue: deque[bytes] = deque()
         self.made = self.taken = 0                  # bytes that have gone into it, and out of it
         self.lock = threading.Lock()                # of the file:

@@ -3190,7 +3190,7 @@ def test_an_upload_of_any_size_takes_no_memory(server):
             client.sendall(b"x" * 1000000)
         client.sendall(b"\r\n0\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
-    assert total == [60000000] and largest[0] <= 2 * httpd.RECEIVE_SIZE
+    assert total == [60000000] and largest[0] <= httpd.CONTENT_SIZE
 
 
 def test_an_upload_can_be_refused_early(server, caplog):
@@ -6023,6 +6023,13 @@ ENVIRON_ROWS = [
     (b"PATCH /app", BODY, {"REQUEST_METHOD": "PATCH", "body": "abc"}, "PATCH with content"),
     (b"DELETE /app", BODY, {"REQUEST_METHOD": "DELETE", "body": "abc"}, "DELETE with content"),
     (b"OPTIONS /app", BODY, {"REQUEST_METHOD": "OPTIONS", "body": "abc"}, "OPTIONS with content"),
+    *((method + b" /app/x", BODY, {"REQUEST_METHOD": method.decode(), "PATH_INFO": "/x", "body": "abc"},
+       "every method: %s" % method.decode())
+      for method in (b"PROPFIND", b"MKCOL", b"REPORT", b"QUERY", b"get", b"*", b"X-|~")),
+    (b"PROPFIND /", b"\r\n", {"REQUEST_METHOD": "PROPFIND", "SCRIPT_NAME": ""}, "every method, mounted at the root"),
+    (b"MKCOL http://elsewhere/app/x", b"\r\n", {"REQUEST_METHOD": "MKCOL"}, "every method, absolute-form"),
+    (b"GET /app/a%2Fb?c=%20", b"\r\n", {"RAW_URI": "/app/a%2Fb?c=%20", "REQUEST_URI": "/app/a%2Fb?c=%20"},
+     "the target as sent"),
 ]
 
 
@@ -6036,6 +6043,116 @@ def test_environ(server, begin, rest, expected):
     assert told["SERVER_PORT"] == str(server.port)
     assert told["SERVER_NAME"] == told["REMOTE_ADDR"] == "127.0.0.1"
     assert told["SERVER_PROTOCOL"] == "HTTP/1.1"
+
+
+EVERY_METHOD_ROWS = [  # what comes, its answer, and what comes of it again: nothing depends on what has been seen
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\n\r\n", 200, "a root that takes every method"),
+    (b"PROPFIND /app HTTP/1.1\r\n\r\n", 400, "it is known there: the Host field is looked at"),
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400, "and the framing"),
+    (b"PROPFIND /echo HTTP/1.1\r\nHost: a\r\n\r\n", 501, "another root does not take it"),
+    (b"PROPFIND /echo HTTP/1.1\r\n\r\n", 501, "method before Host"),
+    (b"PROPFIND /none HTTP/1.1\r\nHost: a\r\n\r\n", 501, "nor does nobody: method before root"),
+    (b"PROPFIND /app HTTP/2.0\r\nHost: a\r\n\r\n", 505, "version before method"),
+    (b"PROPFIND /echo HTTP/1.1\r\nHost : a\r\n\r\n", 400, "grammar before method"),
+    (b"PROPFIND /app HTTP/1.1\r\nHost: a\r\nExpect: x\r\n\r\n", 417, "an expectation"),
+    (b"PROPFIND * HTTP/1.1\r\nHost: a\r\n\r\n", 400, "* is for OPTIONS only"),
+    (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 501, "CONNECT is for nobody"),
+    (b"CONNECT /app HTTP/1.1\r\nHost: a\r\n\r\n", 400, "nor in another form"),
+    (b"TRACE /app HTTP/1.1\r\nHost: a\r\n\r\n", 405, "TRACE neither"),
+]
+
+
+@table("raw, status", EVERY_METHOD_ROWS)
+def test_every_method(server, raw, status):
+    mount(inspect)
+    method = raw.partition(b" ")[0].decode()
+    for _ in range(4):  # cold, and when the head might be remembered
+        answer, = answers(exchange(server, raw)[0])
+        assert answer.status == status
+        if status == 405:
+            assert answer.headers["Allow"] == "GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS"
+        if status == 200:
+            assert answer.json()["REQUEST_METHOD"] == method
+
+
+def test_a_root_that_takes_every_method_may_go(server):
+    """What was known because of it is not any more: neither the answer nor the end depends on what was seen."""
+    mount(inspect)
+    raw = b"PROPFIND /app HTTP/1.1\r\nHost: a\r\n\r\n"
+    for _ in range(3):
+        assert answers(exchange(server, raw)[0])[0].status == 200
+    httpd.unregister_httpdcb("app")
+    data, end = exchange(server, raw)
+    assert (answers(data)[0].status, end) == (501, "closed")
+    httpd.register_httpdcb("test", "app", echo)
+    data, end = exchange(server, raw)
+    assert (answers(data)[0].status, end) == (501, "closed")
+    httpd.unregister_httpdcb("app")
+    httpd.register_httpdcb("test", "app", echo, methods=None)  # not for WSGI alone
+    told = answers(exchange(server, raw)[0])[0].json()
+    assert told["method"] == "PROPFIND"
+    assert answers(exchange(server, raw.replace(b"PROPFIND", b"OPTIONS"))[0])[0].json()["method"] == "OPTIONS"
+
+
+def test_the_input_is_a_file_and_the_wrapper_a_class(running):
+    """On every Python: io.TextIOWrapper asks a file more than PEP 3333 does."""
+    def app(environ, start_response):
+        content = environ["wsgi.input"]
+        assert content.readable() and content.seekable() and not content.closed
+        text = io.TextIOWrapper(content, "utf-8").read()
+        wrapped = environ["wsgi.file_wrapper"](io.BytesIO(text.encode()), 2)
+        assert isinstance(wrapped, environ["wsgi.file_wrapper"])
+        assert not isinstance([], environ["wsgi.file_wrapper"])
+        start_response("200 OK", [])
+        return wrapped
+
+    for root, threads in (("loop", 0), ("pool", 1)):
+        mount(app, threads, root)
+        for size in (0, 1, 300000):  # nothing, in memory, in a file
+            raw = post(b"x" * size, b"Connection: close", path=b"/" + root.encode())
+            assert fetch(running, raw)[1].body == b"x" * size
+
+
+def test_names_of_a_server_on_ipv6():
+    mount(inspect)
+    with httpd.Server(ip="::1", port=0) as server, connect(server, "::1") as client:
+        client.sendall(get(b"/app", b"Connection: close"))
+        told = answers(read(client))[0].json()
+    assert (told["SERVER_NAME"], told["REMOTE_ADDR"]) == ("[::1]", "::1")
+
+
+UPLOADS = """
+import gc, httpd, socket, sys, time
+def app(environ, start_response):
+    environ["wsgi.input"].read(5)
+    start_response("200 OK", [])
+    return [b"x"]
+httpd.register_wsgi("test", "loop", app)
+httpd.register_wsgi("test", "pool", app, threads=1)
+with httpd.Server(ip="127.0.0.1", port=0) as server:
+    for root in ("loop", "pool"):
+        for sent in (0, 1000, 200000, 399999, 400000):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(b"POST /%s HTTP/1.1\\r\\nHost: x\\r\\n" % root.encode())
+                client.sendall(b"Content-Length: 400000\\r\\n\\r\\n")
+                client.sendall(b"x" * sent)
+                if sent == 400000:
+                    assert client.recv(1000)
+                end = time.monotonic() + 10
+                while server.accepted == 0 and time.monotonic() < end:
+                    time.sleep(0.01)
+            while server.connections and time.monotonic() < end:
+                time.sleep(0.01)
+            gc.collect()
+"""
+
+
+def test_uploads_that_are_given_up_make_python_complain_of_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", UPLOADS],
+        cwd=tmp_path, env={"PYTHONPATH": str(HERE)}, timeout=30, capture_output=True, text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @wsgiref.validate.validator
@@ -6296,6 +6413,115 @@ def test_the_iterable_is_closed_once(running, threads, caplog):
     assert results["head"].given == 1  # nobody wants the rest
 
 
+class ClosingList(list):
+    """A list that wants to be closed, as a framework's answer does."""
+
+    def close(self):
+        self.on_close()
+
+
+class ClosingPieces(Pieces):
+    def close(self):
+        self.on_close()
+
+
+CLOSING_ROWS = [  # what the application returns, its fields, what comes
+    (lambda: ClosingList([b"abc"]), [], b"abc", "a list"),
+    (lambda: ClosingPieces(b"abc"), length_field(3), b"abc", "the whole Content-Length in one piece"),
+    (lambda: ClosingPieces(b"abc", b"def"), length_field(6), b"abcdef", "in two pieces"),
+    (lambda: ClosingPieces(b"abc", b"def"), [], b"abcdef", "chunks"),
+    (lambda: ClosingPieces(), [], b"", "nothing"),
+    (lambda: ClosingPieces(b"x" * 300000), length_field(300000), b"x" * 300000, "a large piece"),
+    (lambda: ClosingList([b"x" * 200000] * 8), [], b"x" * 1600000, "a list larger than the page"),
+]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@table("result, fields, content", CLOSING_ROWS)
+def test_close_comes_behind_the_answer(running, caplog, threads, result, fields, content):
+    """A close() that takes long delays nobody's answer, and one that fails cuts none."""
+    read_all, closed = threading.Event(), []
+
+    def on_close():
+        closed.append(read_all.wait(5))
+        raise KeyError("in close")
+
+    def app(environ, start_response):
+        start_response("200 OK", fields)
+        made = result()
+        made.on_close = on_close
+        return made
+
+    mount(app, threads)
+    with connect(running) as client:
+        for number in (1, 2):  # the connection is kept
+            client.sendall(get(b"/app"))
+            assert answers(read(client, 1))[0].body == content
+            read_all.set()
+            wait_for(lambda: len(closed) == number)
+    assert closed == [True, True]
+    wait_for(lambda: caplog.text.count("KeyError: 'in close'") == 2)
+    assert "close() of what an application has returned failed" in caplog.text
+    wait_for(lambda: not running.connections)
+    assert httpd.observers == [] and running.held == 0
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_close_after_an_error_is_behind_it_too(running, caplog, threads):
+    read_all, closed = threading.Event(), []
+
+    def app(environ, start_response):
+        made = ClosingPieces(KeyError("planned"))
+        made.on_close = lambda: closed.append(read_all.wait(5))
+        start_response("200 OK", [])
+        return made
+
+    mount(app, threads)
+    with connect(running) as client:
+        client.sendall(get(b"/app"))
+        assert answers(read(client, 1))[0].status == 500
+        read_all.set()
+        wait_for(lambda: closed)
+    assert closed == [True] and httpd.observers == []
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_what_clients_have_echoed_makes_no_memo_grow(running, threads):
+    """Neither many small values nor large ones."""
+    def app(environ, start_response):
+        start_response("200 OK", [("X-Echo", environ["HTTP_X_ECHO"])])
+        return [b"x"]
+
+    mount(app, threads)
+    with connect(running) as client:
+        for number in range(600):
+            value = b"%d" % number + b"y" * (3000 * (number % 3 == 0))
+            client.sendall(get(b"/app", b"X-Echo: " + value, b"X-%d: z" % number))
+            assert answers(read(client, 1))[0].headers["X-Echo"] == value.decode()
+    for memo in (httpd.starts, httpd.checked_fields, httpd.environ_names):
+        assert len(memo) <= 128 and all(len(repr(key)) <= 512 for key in memo)
+    assert all(len(head) <= 512 for head in running.responses.heads.values())
+
+
+def test_set_headers(server):
+    def handler(request, page):
+        page.set_header("X-First", "1")
+        page.set_headers([("X-A", "a"), ("Content-Type", "text/x"), ("X-A", "b")])
+        for pairs in ([("X-A", "b\r\nc")], [("Connection", "x")], [("A b", "c")], [("Content-Length", "-1")]):
+            with pytest.raises(ValueError):
+                page.set_headers(pairs)
+        with pytest.raises(TypeError):
+            page.set_headers([("X-A", 1)])
+        page.write("x")
+        return 200
+
+    httpd.register_httpdcb("test", "pairs", handler)
+    for _ in range(2):
+        answer, = answers(exchange(server, get(b"/pairs"))[0])
+        assert (answer.status, answer.headers["Content-Type"], answer.headers["X-First"]) == (200, "text/x", "1")
+        assert answer.headers.get_all("X-A") == ["a", "b"]
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_client_that_goes_ends_its_application(running, threads, caplog):
     given, closed = [], threading.Event()
@@ -6528,7 +6754,7 @@ def test_more_requests_than_threads(running):
 
 def test_more_requests_than_may_wait_for_a_thread(running, monkeypatch):
     gate, ran = threading.Event(), []
-    monkeypatch.setattr(httpd.Pool, "is_full", lambda self: self.jobs.qsize() >= 2)
+    monkeypatch.setattr(httpd.Pool.__init__, "__defaults__", (2,))
 
     def app(environ, start_response):
         ran.append(1)
@@ -6599,14 +6825,16 @@ def test_the_disk_has_again_what_is_given_back():
     assert (disk.free, disk.used) == (free, 0)
 
 
-def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch):
+def test_a_thread_that_cannot_be_started_is_tried_again(server, monkeypatch):
     pool, ran = httpd.Pool(1), threading.Event()
+    job = httpd.Job(lambda: ran, threading.Event.set)
     real = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
     with pytest.raises(RuntimeError):
-        pool.submit(ran.set)
+        pool.submit(job, server)
     monkeypatch.setattr(threading.Thread, "start", real)
-    pool.submit(ran.set)
+    pool.submit(job, server)
+    server.run_once(0)
     assert ran.wait(5)
 
 

@@ -34,7 +34,7 @@ not take of it is copied out before `turn` returns: to memory, or, if it is not 
 temporary file, from where the state unspool sends it. Pipelined answers are gathered.
 
 Everything that a client can make grow is counted in one place, Connection.count. When memory, the
-spool or descriptors are short, whoever is furthest behind his time gives way (Server._make_room).
+spool or descriptors are short, whoever is furthest behind his time gives way (Room.make).
 
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
 block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
@@ -2788,7 +2788,8 @@ def begin_stream(connection: Connection, request: Request, status: int) -> memor
         exchange.stream.ended = True
         first = memoryview(raw)
     else:
-        first = exchange.stream.next_piece(page, server.room())    # an exception is still answered
+        # an exception is still answered
+        first = exchange.stream.next_piece(page, server.room.piece_size())
     server.counters.row[REQUESTS] += 1
     connection.enter(stream)
     return first
@@ -2976,11 +2977,12 @@ class Connection:
         if self.exchange is not None:
             size += self.exchange.size()
         more = size - self.held
-        if more > 0 and not self.server.has_memory(more, self):
+        if more > 0 and not self.server.room.has_memory(more, self):
             raise HTTPError(
                 503, "no memory is left for this request, see memory_budget", {"Retry-After": "1"})
-        self.server.hold(more)
-        self.held = size
+        if more:
+            self.server.room.hold(more)
+            self.held = size
 
     def report(self, whole: bool) -> None:
         """Tell the observers about responses that have left, or are cut."""
@@ -3175,7 +3177,7 @@ class Connection:
         page, head = self.server.responses.page, request._head
         if status == SUSPEND and isinstance(status, int):
             return self.suspend(request)
-        if page.end > self.server.sure:
+        if page.end > self.server.room.sure:
             find_room(self.server, page.end, request, self)
         status = checked_status(status)
         if status in (204, 205, 304):       # RFC 9110, 15.3.5, 15.3.6, 15.4.5: no content
@@ -3188,7 +3190,7 @@ class Connection:
 
     def serve(self, request: Optional[Request]) -> bool:
         """The hot path: answer request by request; the answers to pipelined ones leave together."""
-        server = self.server
+        server, room = self.server, self.server.room
         page = server.responses.page
         left = GREEDY                               # requests that may be answered in this turn
         answers: Optional[bytearray] = None         # to pipelined requests
@@ -3200,7 +3202,7 @@ class Connection:
                 page._content_type = request._root.content_type
                 try:
                     status = request._handler(request, page)
-                    if HEADROOM < page.end <= server.sure and (status is None or status is OK):
+                    if HEADROOM < page.end <= room.sure and (status is None or status is OK):
                         piece = self.finish(
                             200, head.connection_line, head.method != "HEAD", request)
                     else:
@@ -3216,7 +3218,7 @@ class Connection:
                 left -= 1
                 if left == 0 and self.state is proceed:
                     wait_for_others(self)       # who sends many requests at once waits his turn
-                if self.state is not proceed or len(answers) > min(RECEIVE_SIZE, server.sure):
+                if self.state is not proceed or len(answers) > min(RECEIVE_SIZE, room.sure):
                     break
                 data = self.received
                 end_of_head = data.find(b"\r\n\r\n") + 4
@@ -3290,8 +3292,8 @@ class Connection:
         server = self.server
         if self.state is let_others:            # its turn comes when this has left
             self.state = after_others(self)
-        if len(self.out) > server.spare():
-            self.unsent = server.keep(self)
+        if len(self.out) > server.room.spare():
+            self.unsent = server.room.keep(self)
         if self.unsent is not None:
             self.out = NOTHING
             self.state = unspool
@@ -3457,7 +3459,7 @@ def stream(connection: Connection) -> bool:
     exchange, server = connection.exchange, connection.server
     assert exchange is not None and exchange.stream is not None
     try:
-        piece = exchange.stream.next_piece(server.responses.page, server.room())
+        piece = exchange.stream.next_piece(server.responses.page, server.room.piece_size())
     except BaseException as error:
         blame(error, exchange.request)
         return connection.close(cut=True)
@@ -4030,8 +4032,9 @@ HOLDERS: dict[str, Callable[[Connection], Any]] = {
 
 def find_room(server: Server, size: int, request: Request, asking: Connection) -> None:
     """HTTPError, if a socket that takes nothing of the answer would leave it without room."""
-    while not server.disk.has_room(size) and server.held + size > server.params.held_size:
-        if not server._make_room("spool", asking) and not server._make_room("output", asking):
+    room = server.room
+    while not server.disk.has_room(size) and room.held + size > server.params.held_size:
+        if not room.make("spool", asking) and not room.make("output", asking):
             break
     else:
         return
@@ -4069,6 +4072,82 @@ class Candidates:
         return None
 
 
+class Room:
+    """What a server has to give: memory, files, descriptors. Who is behind gives way to others."""
+    __slots__ = ("server", "params", "held", "sure", "shortages", "evicting")
+
+    def __init__(self, server: Server, params: Limits) -> None:
+        self.server = server
+        self.params = params
+        self.held: int = 0                      # bytes that connections keep between their turns
+        self.sure = HEADROOM + self.spare()     # an answer that ends before there finds room
+        self.shortages = {kind: Candidates(holds) for kind, holds in HOLDERS.items()}
+        self.evicting = False                   # somebody is giving way just now
+
+    def hold(self, more: int) -> None:
+        """Take so many bytes of memory_budget, or give them back."""
+        self.held += more
+        self.sure = HEADROOM + self.spare()
+
+    def spare(self) -> int:
+        """Bytes that one answer may take of memory: small ones always find room."""
+        return max(0, self.params.held_size - self.held) // 8
+
+    def has_memory(self, more: int, asking: Connection) -> bool:
+        """Whether so many bytes can be had, after everybody who is behind has gone."""
+        while self.held + more > self.params.held_size:
+            if not self.make("memory", asking):
+                return False
+        return True
+
+    def keep(self, connection: Connection) -> Optional[Unsent]:
+        """Put what a connection has to send into a file; None: there is no room."""
+        while True:
+            try:
+                return Unsent(self.server.disk, connection.out, connection.state)
+            except OSError as error:
+                if not self.make_for(error, connection):
+                    self.server.disk.complain(error)
+                    return None
+
+    def make_for(self, error: OSError, asking: Optional[Connection] = None) -> bool:
+        """Close somebody who holds what an error says is short. False: there is nobody."""
+        kind = "descriptors" if error.errno in (errno.EMFILE, errno.ENFILE) else "spool"
+        if kind == "descriptors" and self.server.loop.closing:
+            self.server.loop.close_some()
+            return True
+        return self.make(kind, asking)
+
+    def make(self, kind: str, asking: Optional[Connection] = None) -> bool:
+        """Have whoever is furthest behind his time give way, of those who hold what is short."""
+        if self.evicting:                       # by somebody who gives way himself
+            return False
+        victim = self.shortages[kind].furthest(self.server.connections, self.server.now, asking)
+        if victim is None:
+            return False
+        log.debug("%s: closed, %s is short", victim.peer, kind)
+        self.evicting = True
+        try:
+            give_way(victim, politely=kind == "memory")
+        finally:
+            self.evicting = False
+        return True
+
+    def has_place(self) -> bool:
+        """Whether one more connection may be taken in."""
+        loop = self.server.loop
+        while len(self.server.connections) + len(loop.closing) >= self.params.max_open:
+            if loop.closing:
+                loop.close_some()
+            elif not self.make("descriptors"):
+                return False
+        return True
+
+    def piece_size(self) -> int:
+        """Bytes for a piece of a stream: fewer if clients do not read, never less than 512."""
+        return min(self.params.buf_size, max(512, self.spare()))
+
+
 def warn_of_open_roots(params: Limits) -> None:
     """Tell the operator what everybody may do."""
     open_roots = ["/" + root.name for root in roots.values() if root.management]
@@ -4083,7 +4162,7 @@ def find_full(connection: Connection) -> str:
     server = connection.server
     if server.access.most and not server.access.enter(connection.client()[0]):
         return "max_connections_per_ip"
-    if not server.has_place():
+    if not server.room.has_place():
         return "max_connections"
     return ""
 
@@ -4132,11 +4211,12 @@ class Server:
     reload() are for any thread.
     """
     __slots__ = (
-        "params", "transport", "access", "heads", "responses", "connections", "held", "counters",
-        "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive", "now", "stopping",
+        "params", "transport", "access", "heads", "responses", "connections", "room", "counters",
+        "disk", "turned_away", "keep_alive", "now", "stopping",
         "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
-    # In this process: requests answered, connections accepted.
+    # Of this process: bytes held, requests answered, connections accepted.
+    held = property(lambda self: self.room.held)
     requests = property(lambda self: self.counters.row[REQUESTS])
     accepted = property(lambda self: self.counters.row[ACCEPTED])
 
@@ -4152,13 +4232,10 @@ class Server:
             raise ConfigError("httpd: memory_budget %d: there is no room for its buffer"
                               % params.memory_budget, "memory_budget") from None
         self.connections: set[Connection] = set()
-        self.held: int = 0                      # bytes that connections keep between their turns
         self.counters = Counters()
-        self.disk = Disk(params.spool_size, self.spare, self._make_room_for)
-        self.sure = HEADROOM + self.spare()  # an answer that ends before there finds room
-        self.shortages = {kind: Candidates(holds) for kind, holds in HOLDERS.items()}
+        self.room = Room(self, params)
+        self.disk = Disk(params.spool_size, self.room.spare, self.room.make_for)
         self.now = time.monotonic()             # when this turn began
-        self.evicting = False                   # somebody is giving way just now
         self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
@@ -4176,69 +4253,6 @@ class Server:
         if self._loop is None:
             raise RuntimeError("the server does not listen: it has ended, or not begun")
         return self._loop
-
-    def hold(self, more: int) -> None:
-        """Take so many bytes of memory_budget, or give them back."""
-        self.held += more
-        self.sure = HEADROOM + self.spare()
-
-    def spare(self) -> int:
-        """Bytes that one answer may take of memory: small ones always find room."""
-        return max(0, self.params.held_size - self.held) // 8
-
-    def has_memory(self, more: int, asking: Connection) -> bool:
-        """Whether so many bytes can be had, after everybody who is behind has gone."""
-        while self.held + more > self.params.held_size:
-            if not self._make_room("memory", asking):
-                return False
-        return True
-
-    def keep(self, connection: Connection) -> Optional[Unsent]:
-        """Put what a connection has to send into a file; None: there is no room."""
-        while True:
-            try:
-                return Unsent(self.disk, connection.out, connection.state)
-            except OSError as error:
-                if not self._make_room_for(error, connection):
-                    self.disk.complain(error)
-                    return None
-
-    def _make_room_for(self, error: OSError, asking: Optional[Connection] = None) -> bool:
-        """Close somebody who holds what an error says is short. False: there is nobody."""
-        kind = "descriptors" if error.errno in (errno.EMFILE, errno.ENFILE) else "spool"
-        if kind == "descriptors" and self.loop.closing:
-            self.loop.close_some()
-            return True
-        return self._make_room(kind, asking)
-
-    def _make_room(self, kind: str, asking: Optional[Connection] = None) -> bool:
-        """Have whoever is furthest behind his time give way, of those who hold what is short."""
-        if self.evicting:                       # by somebody who gives way himself
-            return False
-        victim = self.shortages[kind].furthest(self.connections, self.now, asking)
-        if victim is None:
-            return False
-        log.debug("%s: closed, %s is short", victim.peer, kind)
-        self.evicting = True
-        try:
-            give_way(victim, politely=kind == "memory")
-        finally:
-            self.evicting = False
-        return True
-
-    def has_place(self) -> bool:
-        """Whether one more connection may be taken in."""
-        loop = self.loop
-        while len(self.connections) + len(loop.closing) >= self.params.max_open:
-            if loop.closing:
-                loop.close_some()
-            elif not self._make_room("descriptors"):
-                return False
-        return True
-
-    def room(self) -> int:
-        """Bytes for a piece of a stream: fewer if clients do not read, never less than 512."""
-        return min(self.params.buf_size, max(512, self.spare()))
 
     def post(self, request: Request) -> None:
         """A request's resume() was called. Any thread."""
@@ -4516,7 +4530,7 @@ class Server:
             # mostly BlockingIOError: nobody waits any more
             except OSError as error:
                 short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-                if short and not self._make_room("descriptors"):
+                if short and not self.room.make("descriptors"):
                     log.error("nobody is taken in for a second: %s", error)
                     # the listener would be readable all the time
                     loop.set_accepting(False, self._accept)

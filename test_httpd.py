@@ -2031,7 +2031,7 @@ def test_what_finds_room_depends_on_what_is_held():
     server = httpd.Server(**LOCAL, spool_size=0)
     most = server.params.held_size - 5000
     for more, status in ((0, 200), (most, 503), (-most, 200)):
-        server.hold(more)
+        server.room.hold(more)
         assert answers(exchange(server, get(b"/h"))[0])[0].status == status
     server.stop(0)
 
@@ -3090,7 +3090,7 @@ def test_503_for_want_of_memory_closes_though_a_request_suspends(flush):
         server.stop(0)
     server = httpd.Server(**LOCAL)
     with connect(server) as client:
-        server.held = server.params.held_size
+        server.room.held = server.params.held_size
         client.send(get(b"/park") + get(b"/park"))
         data, end = pump(server, client, ended)
         assert data.startswith(b"HTTP/1.1 503")
@@ -3899,7 +3899,7 @@ def test_who_starves_makes_room_for_who_sends(monkeypatch):
     crowd = [connect(server) for _ in range(60)]
     for client in crowd:
         client.sendall(post(b"x" * 1000)[:-1])
-    wait_for(lambda: server.accepted == len(crowd) and not server.spare() > 1500, server)
+    wait_for(lambda: server.accepted == len(crowd) and not server.room.spare() > 1500, server)
     end = time.monotonic() + 1.2
     while time.monotonic() < end:
         server.run_once(0.1)

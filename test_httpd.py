@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -31,7 +32,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -110,7 +110,7 @@ def far_away(request, monkeypatch):
 
 @pytest.fixture
 def later(monkeypatch):
-    """The clock stands still, and later(3) puts it forward by 3 s: nobody waits for time to pass, nobody is too slow."""
+    """The clock stands still, and later(3) puts it forward by 3 s: nobody waits, and nobody is too slow."""
     times = [time.monotonic()]
     monkeypatch.setattr(time, "monotonic", lambda: sum(times))
     return times.append
@@ -7300,9 +7300,10 @@ def test_the_style_of_the_file():
     """As few ideas a line, and a function, as the files that are good to read."""
     tree, lines = ast.parse(SOURCE), SOURCE.split("\n")
     tokens, nodes = code_tokens(SOURCE, tree), list(ast.walk(tree))
+    numbers = sorted(tokens)
 
     def size(node):
-        return sum(node.lineno <= line <= node.end_lineno for line in tokens)
+        return bisect.bisect(numbers, node.end_lineno) - bisect.bisect_left(numbers, node.lineno)
 
     assert len(lines) <= 5000
     assert max(map(len, lines)) <= 100
@@ -7375,15 +7376,32 @@ def test_example_cfg_works_as_it_is(tmp_path):
 BLOCKS = dict(enumerate(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Every block of the README, started at the same time."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for number, block in BLOCKS.items():
+            here = tmp_path_factory.mktemp("block")
+            (here / "block.py").write_text(block.replace("port=8000", "port=0"))
+            line = [sys.executable, "-u", "block.py"]
+            process = subprocess.Popen(line, cwd=here, env=environment, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            started[number] = process
+        yield started
+
+
+def test_readme_blocks_run(programs):
+    for number, process in programs.items():
+        port = int(re.search(r":(\d+)", process.stdout.readline())[1])
+        assert raw_get(port, raw=get(b"/hello")) == 200, number
+        process.terminate()
+    for number, process in programs.items():
+        assert process.wait(20) in (0, -signal.SIGTERM), number
+
+
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=map(str, BLOCKS))
-def test_readme_blocks_run(block):
-    with tempfile.TemporaryDirectory() as here:
-        (pathlib.Path(here) / "block.py").write_text(block.replace("port=8000", "port=0"))
-        paths = {**os.environ, "PYTHONPATH": str(HERE)}
-        line = [sys.executable, "-u", "block.py"]
-        with subprocess.Popen(line, cwd=here, env=paths, stdout=subprocess.PIPE, text=True) as process:
-            port = int(re.search(r":(\d+)", process.stdout.readline())[1])
-            assert raw_get(port, raw=get(b"/hello")) == 200
-            process.terminate()
-            assert process.wait(20) in (0, -signal.SIGTERM)
+def test_readme_blocks_are_short(block):
     assert len([line for line in block.split("\n") if line.strip()]) < (10 if "Server(" in block else 15)

@@ -152,7 +152,7 @@ class connect(socket.socket):
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET)
         if takes:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, takes)
-        self.settimeout(10)
+        self.settimeout(30)
         self.connect((host, port or server.port))
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -235,7 +235,7 @@ def pump(server, client, due=1, methods="GET", seconds=10):
     except ConnectionResetError:
         return bytes(data), "reset"
     finally:
-        client.settimeout(10)
+        client.settimeout(30)
 
 
 def exchange(server, *pieces, due=1, methods="GET", half_close=False):

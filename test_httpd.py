@@ -2568,6 +2568,7 @@ def test_suspended_requests_get_a_grace_at_the_end(parking, later):
         first.state = 202
         first.resume()
         answer, = answers(read(client))
+        assert answer.body == b"202"
         assert answer.headers["Connection"] == "close"
         later(2)
         never.send(b"x")  # the server notices what time it is

@@ -58,6 +58,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -98,7 +99,7 @@ if TYPE_CHECKING:
 __version__ = "0.1"
 __all__ = [
     "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi",
-    "modparam", "loadmodule", "load_config",
+    "register_service", "modparam", "loadmodule", "load_config",
     "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
     "tls_priority", "tls_context", "TLSPlan", "Spool", "observers", "Response"]
 log = logging.getLogger("httpd")
@@ -232,6 +233,10 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
         Parameter("root", "mi", "root path of JSON-RPC", kind="root"),
         Parameter("threads", 4, "threads for commands that take long", 1, 100),
         Parameter("pretty_printing", 0, "1: answers with line ends and indentation", 0, 1)),
+    "mi_fifo": (
+        Parameter("fifo_name", "/tmp/opensips_fifo", "the FIFO that commands are written to",
+                  kind="path"),
+        Parameter("reply_dir", "/tmp", "directory of the FIFOs that want answers", kind="path")),
 }
 # The modules of this file: what loads each, with its parameters in force. Their sections put
 # themselves in.
@@ -622,6 +627,8 @@ class Root(NamedTuple):
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 # the init_proc_cb's that this process has not run yet
 pending_inits: list[tuple[str, Callable[[], Any]]] = []     # and the modules they belong to
+# the services that no server of this process runs, and the modules they belong to
+pending_services: list[tuple[str, Callable[[Server], Any]]] = []
 init_lock = threading.RLock()
 # RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them; what else nobody lists is 501.
 # CONNECT is for proxies.
@@ -742,8 +749,60 @@ def answer_options(request: Request, page: Page) -> int:
     return 204
 
 
-def initialize() -> None:
-    """Run the init_proc_cb's that this process has not run. ConfigError if one fails."""
+def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> None:
+    """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
+    try:
+        callback(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if not all(server.is_ours() for server in servers):
+            raise                       # a process that was forked in there ends
+        log.exception("%s failed", what)
+
+
+def register_service(module: str, start: Callable[[Server], Any]) -> None:
+    """Have something live in the loop beside HTTP, by Server.watch() and call_later().
+
+    `start(server)` is called in the server's thread, before its first request: of the first server
+    of the process that serves. It may return a function without arguments that is called when that
+    server ends; the next one to serve then takes over. ConfigError: no such function. Any thread,
+    before the server serves.
+    """
+    check_callback("%s: service" % module, start, "server")
+    pending_services.append((module, start))
+
+
+def begin_services(server: Server) -> None:
+    """Begin the services that nobody runs. ConfigError if one fails."""
+    with init_lock:
+        while pending_services:
+            module, start = service = pending_services[0]
+            try:
+                end = start(server)
+            except (ConfigError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                log.debug("%s: traceback", module, exc_info=True)
+                raise ConfigError("%s: a service failed: %s" % (module, describe(error))) from error
+            del pending_services[0]
+            server.services.append((service, end))
+
+
+def end_services(server: Server) -> None:
+    """End those of a server, the last one first, and leave them to the next server."""
+    while server.services:
+        service, end = server.services.pop()
+        if end is not None:
+            call_safely("the end of a service", end)
+        pending_services.insert(0, service)
+
+
+def initialize(server: Server) -> None:
+    """Run what has to be run before a server serves, and has not been. ConfigError if that fails.
+
+    The init_proc_cb's, and the services.
+    """
     with init_lock:
         while pending_inits:
             module, callback = pending_inits[0]
@@ -756,16 +815,7 @@ def initialize() -> None:
                 raise ConfigError(
                     "%s: an init_proc_cb failed: %s" % (module, describe(error))) from error
             del pending_inits[0]
-
-
-def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> None:
-    """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
-    try:
-        callback(*arguments)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        log.exception("%s failed", what)
+    begin_services(server)
 
 
 def initialize_late() -> None:
@@ -3495,7 +3545,7 @@ class Server:
     __slots__ = (
         "params", "transport", "heads", "responses", "connections", "held", "requests", "accepted",
         "disk", "sure", "shortages", "evicting", "turned_away", "keep_alive", "now", "stopping",
-        "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
+        "services", "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     def __init__(self, **parameters: Any) -> None:
         self.params = params = Limits(**parameters)
@@ -3519,6 +3569,7 @@ class Server:
         self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
+        self.services: list[Any] = []           # that it runs, and what ends each
         self._loop: Optional[Loop] = None       # while it listens
         self._address: Optional[tuple[str, int]] = None
         self._thread: Optional[threading.Thread] = None     # that start() has made
@@ -3639,7 +3690,7 @@ class Server:
             thread.start()
         started.wait()
         if not loop.ready:
-            raise RuntimeError("an init_proc_cb failed: %r" % loop.failure) from loop.failure
+            raise RuntimeError("the start failed: %s" % loop.failure) from loop.failure
 
     def stop(self, grace: Optional[float] = None, wait: bool = True) -> None:
         """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
@@ -3694,6 +3745,8 @@ class Server:
                 "again after SUSPEND and resume()")
         limits = (timeout, self.timeout(), A_DAY)
         try:
+            if pending_services and not self.stopping:
+                begin_services(self)
             self._turn(loop, min(limit for limit in limits if limit is not None))
         finally:
             loop.turning = False
@@ -3797,7 +3850,7 @@ class Server:
         loop.owner = threading.get_ident()
         try:
             if self._stop_at == math.inf:
-                initialize()
+                initialize(self)
             loop.ready = True
             started.set()
             while not self._drained():
@@ -3910,6 +3963,7 @@ class Server:
         loop.stop_listening(self._accept)
         for connection in list(self.connections):
             connection.close()
+        end_services(self)
         self._loop = None
         loop.close()
         servers.discard(self)
@@ -4785,6 +4839,320 @@ register_mi("uptime", mi_uptime)
 register_mi("ps", mi_ps)
 
 
+# ------------------------------------------------------------------------------------------ mi_fifo
+# MI as opensips-cli speaks it without options: `:reply_name:JSON` is written into one FIFO, and the
+# answer is read from the FIFO of that name in reply_dir, which the client has made.
+
+FIFO_ANSWERS = 32           # commands under way: more wait in the FIFO, and their writers with them
+FIFO_PAUSE = 0.01           # seconds until it is looked at again then
+FIFO_PIECE = 2**16          # bytes of an answer that are written at a time
+REPLY_PAUSES = (0.001, 0.1)         # the first one between two looks for a reader, and the longest
+# A reply name cannot leave its directory; the empty one wants no answer.
+_REPLY_NAME = "((?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})?)"
+FIFO_HEAD = re.compile(":" + _REPLY_NAME + r"(:|\Z)")
+_BEGIN = ":" + _REPLY_NAME + r":(?=[\[{])"
+FIFO_BEGIN = re.compile(_BEGIN)
+FIFO_NEXT = re.compile("\n|" + _BEGIN)
+AFTER_JSON = re.compile(r"[ \t\r]*(?=[:\n]|\Z)")
+
+
+class FIFOMessage(NamedTuple):
+    """What was written into the FIFO, in latin-1."""
+    end: int                    # where it ends in the text
+    content: str
+    name: Optional[str]         # of the FIFO for the answer; None: it is garbage
+
+
+def end_of_json(text: str, begin: int, line_end: int) -> int:
+    """Where a message ends; -1: that has not come. opensips-cli writes no line end: its JSON ends.
+
+    What is written with one write() of at most PIPE_BUF bytes stays together.
+    """
+    if text.startswith(("{", "["), begin):
+        with suppress(ValueError, RecursionError):
+            _, end = json_decoder.raw_decode(text, begin)
+            after = AFTER_JSON.match(text, end)
+            if after is not None and not 0 <= line_end < end:
+                return after.end()
+    return line_end
+
+
+def next_message(text: str, limit: int) -> Optional[FIFOMessage]:
+    """The first message; None: not all of it is there, and it is not larger than the limit yet."""
+    if not text:
+        return None
+    head = FIFO_HEAD.match(text)
+    if head is None:
+        following = FIFO_NEXT.search(text, 1)
+        end = following.start() if following is not None else len(text)
+        return FIFOMessage(end, text[:end], None)
+    begin = head.end()
+    end = end_of_json(text, begin, text.find("\n"))
+    if end < 0 and len(text) - begin <= limit:
+        return None
+    if end < 0:
+        end = len(text)
+    return FIFOMessage(end, text[begin:end], head[1])
+
+
+def is_own_fifo(status: os.stat_result) -> bool:
+    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def clear_place(path: str) -> None:
+    """Remove a FIFO of this user that nobody reads. ConfigError: something else is there."""
+    try:
+        if not is_own_fifo(os.lstat(path)):
+            raise ConfigError("mi_fifo: %s is there, and no FIFO of this user: remove it, or set "
+                              "fifo_name" % path)
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        os.unlink(path)
+        return
+    raise ConfigError("mi_fifo: a program reads %s already: end it, or set fifo_name" % path)
+
+
+def make_fifo(path: str) -> int:
+    """The descriptor of a new FIFO for this user and group. ConfigError: it cannot be."""
+    try:
+        clear_place(path)
+        os.mkfifo(path, 0o600)
+        # For writing too: else it would be at its end, and readable, whenever a writer has gone.
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ConfigError("mi_fifo: %s: %s: set fifo_name" % (path, error.strerror)) from None
+    if not is_own_fifo(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise ConfigError("mi_fifo: somebody has replaced %s: set fifo_name" % path)
+    os.fchmod(descriptor, 0o660)                # whatever the umask says
+    return descriptor
+
+
+class FIFOReply:
+    """The answer to one command, until it is written or given up.
+
+    What is kept for it counts, as memory_budget and spool_size say.
+    """
+
+    def __init__(self, fifo: MIFIFO, message: FIFOMessage, answer: Union[str, Batch]) -> None:
+        self.fifo = fifo
+        self.server = fifo.server
+        self.name = message.name
+        self.answer: Union[str, Batch, None] = answer       # None: it is on its way
+        self.spool = Spool(self.server.disk)
+        self.written = 0                # bytes
+        self.descriptor = -1            # of the client's FIFO, once it is open
+        self.pause, _ = REPLY_PAUSES
+        self.expiry: Optional[Timer] = None         # when it is given up
+        self.awaited: Union[Watch, Timer, None] = None      # to open, or to write
+        self.kept = 0                   # bytes in memory
+        self.keep(len(message.content))
+
+    def keep(self, size: int) -> None:
+        self.server.hold(size - self.kept)
+        self.kept = size
+
+    def begin(self) -> None:
+        """Send the answer, once it is complete."""
+        answer = self.answer
+        if isinstance(answer, Batch):
+            answer = answer.text()
+        if answer is None:
+            return
+        if not answer or not self.name:
+            self.close()
+            return
+        self.answer = None
+        try:
+            self.spool.write(answer.encode() + b"\n")
+        except OSError as error:
+            self.server.disk.complain(error)
+            self.give_up("no room is left, see spool_size")
+            return
+        self.keep(self.spool.in_memory)
+        self.renew_expiry()
+        self.open()
+
+    def renew_expiry(self) -> None:
+        """The client has its time again."""
+        if self.expiry is not None:
+            self.expiry.close()
+        self.expiry = self.server.call_later(
+            self.server.params.request_timeout, functools.partial(self.give_up, "nobody reads it"))
+
+    def open(self) -> None:
+        """Never wait for the client, and follow nothing that it has put there."""
+        path = os.path.join(self.fifo.reply_dir, str(self.name))
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                self.give_up(error.strerror)
+                return
+            self.awaited = self.server.call_later(self.pause, self.open)   # nobody reads it yet
+            self.pause = min(2 * self.pause, REPLY_PAUSES[1])
+            return
+        if stat.S_ISFIFO(os.fstat(self.descriptor).st_mode):
+            self.awaited = self.server.watch(self.descriptor, self.write, WRITE)
+        else:
+            self.give_up("it is no FIFO")
+
+    def write(self) -> None:
+        """As much as the pipe takes."""
+        piece = self.spool.read(self.written, FIFO_PIECE)
+        try:
+            self.written += os.write(self.descriptor, piece)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.give_up(error.strerror)
+            return
+        if self.written == self.spool.size:
+            self.close()
+        else:
+            self.renew_expiry()
+
+    def give_up(self, reason: Optional[str]) -> None:
+        log.warning("mi_fifo: the answer for %r is dropped: %s", self.name, reason)
+        self.close()
+
+    def close(self) -> None:
+        for wait in (self.expiry, self.awaited):
+            if wait is not None:
+                wait.close()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.spool.close()
+        self.keep(0)
+        self.fifo.replies.discard(self)
+
+
+class MIFIFO:
+    """The FIFO that commands come by: it is watched, or looked at again after a pause."""
+
+    def __init__(self, server: Server, path: str, reply_dir: str) -> None:
+        self.server = server
+        self.path = path
+        self.reply_dir = reply_dir
+        self.limit = server.params.post_buf_size
+        self.text = ""                          # what has been read and not been carried out
+        self.replies: set[FIFOReply] = set()    # the commands under way
+        self.descriptor = make_fifo(path)
+        # by which threads say that they have brought an answer
+        self.bell, self.button = socket.socketpair()
+        self.bell.setblocking(False)
+        self.button.setblocking(False)
+        self.listening = server.watch(self.bell, self.hear)
+        self.awaited: Union[Watch, Timer] = server.watch(self.descriptor, self.read)
+        self.expiry: Optional[Timer] = None     # of half a message
+
+    def ring(self) -> None:
+        """Any thread. The bell rings already, or the server has ended, if this fails."""
+        with suppress(OSError):
+            self.button.send(b"!")
+
+    def hear(self) -> None:
+        with suppress(BlockingIOError):
+            self.bell.recv(RECEIVE_SIZE)
+        for reply in list(self.replies):
+            reply.begin()
+
+    def keep(self, text: str) -> None:
+        self.server.hold(len(text) - len(self.text))
+        self.text = text
+
+    def read(self) -> None:
+        """More has come. What begins like a message is no rest of the one before it."""
+        with suppress(BlockingIOError):
+            piece = os.read(self.descriptor, RECEIVE_SIZE).decode("latin-1")
+            if self.text and FIFO_BEGIN.match(piece):
+                self.drop()
+            self.keep(self.text + piece)
+            self.look()
+
+    def look(self) -> None:
+        """Carry out what is there, as far as there is room for answers."""
+        self.wait(self.server.call_later(FIFO_PAUSE, self.look))    # also if something fails here
+        for _ in range(FIFO_ANSWERS - len(self.replies)):
+            self.keep(self.text.lstrip(" \t\r\n"))
+            message = next_message(self.text, self.limit)
+            if message is None:
+                self.wait(self.server.watch(self.descriptor, self.read))
+                self.set_expiry(self.text != "")
+                return
+            self.keep(self.text[message.end:])
+            self.set_expiry(False)
+            self.carry_out(message)
+
+    def wait(self, awaited: Union[Watch, Timer]) -> None:
+        """For this, and no more for what was waited for."""
+        self.awaited.close()
+        self.awaited = awaited
+
+    def set_expiry(self, wanted: bool) -> None:
+        """Half a message has its time from its first byte on."""
+        if self.expiry is not None and not wanted:
+            self.expiry.close()
+            self.expiry = None
+        elif self.expiry is None and wanted:
+            self.expiry = self.server.call_later(self.server.params.request_timeout, self.drop)
+
+    def drop(self) -> None:
+        """The rest of a message has not come."""
+        log.warning("mi_fifo: half a message is dropped: %r", self.text[:GARBAGE_SIZE])
+        self.keep("")
+        self.set_expiry(False)
+
+    def carry_out(self, message: FIFOMessage) -> None:
+        answer: Union[str, Batch]
+        if message.name is None:
+            log.warning("mi_fifo: dropped, write :reply_name:JSON and a line end: %r",
+                        message.content[:GARBAGE_SIZE])
+            return
+        if len(message.content) > self.limit:
+            fault = "more than %d bytes, see post_buf_size" % self.limit
+            log.warning("mi_fifo: a command has %s", fault)
+            answer = perform(Call(fault, "", None, {}, "null", True))
+        else:
+            answer = begin_mi(message.content.encode("latin-1"), self.ring)
+        reply = FIFOReply(self, message, answer)
+        self.replies.add(reply)
+        reply.begin()
+
+    def close(self) -> None:
+        """The end of the service. The FIFO goes, if it is still the one that was made."""
+        for reply in list(self.replies):
+            reply.close()
+        self.keep("")
+        self.set_expiry(False)
+        self.awaited.close()
+        self.listening.close()
+        self.bell.close()
+        self.button.close()
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
+                os.unlink(self.path)
+        os.close(self.descriptor)
+
+
+def load_mi_fifo(parameters: dict[str, Any]) -> None:
+    path, reply_dir = parameters["fifo_name"], parameters["reply_dir"]
+
+    def start(server: Server) -> Callable[[], None]:
+        if not os.path.isdir(reply_dir):
+            raise ConfigError("mi_fifo: %s is no directory: set reply_dir" % reply_dir)
+        return MIFIFO(server, path, reply_dir).close
+
+    register_service("mi_fifo", start)
+
+
+BUILT_IN["mi_fifo"] = load_mi_fifo
+
+
 # --------------------------------------------------------------------------------------------- WSGI
 # PEP 3333 on the public callbacks: a response is an iterator of pieces, for flush_data_cb.
 
@@ -5216,7 +5584,7 @@ def run(**parameters: Any) -> None:
     try:
         for number, handler in wanted.items():
             previous[number] = signal.signal(number, handler)
-        initialize()                    # before anybody is told that it serves
+        initialize(server)              # before anybody is told that it serves
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
         say(banner)

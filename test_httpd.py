@@ -50,7 +50,7 @@ HERE = pathlib.Path(__file__).parent
 HOST = b"Host: example\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LOCAL = {"ip": "127.0.0.1", "port": 0}
-REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "observers", "known_methods")
+REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "pending_services", "observers", "known_methods")
 ended = math.inf  # so many answers never come: what is due is the end of the connection
 
 
@@ -7626,15 +7626,17 @@ def test_example_cfg_works_as_it_is(tmp_path):
     assert values["port"] == 8888
     assert list(httpd.roots) == ["mi"]
     text = (HERE / "example.cfg").read_text(encoding="utf-8")
-    for row in httpd.PARAMETERS["httpd"]:
+    assert httpd.pending_services == []  # only one program can own the FIFO
+    for row in (*httpd.PARAMETERS["httpd"], *httpd.PARAMETERS["mi_fifo"]):
         assert re.search(r"^#? ?%s =" % row.name, text, re.MULTILINE), row.name
-    uncommented = re.sub(r"(?m)^#( ?)([a-z_]+ =)", r"\2", text)
+    uncommented = re.sub(r"(?m)^# ?([a-z_]+ =|\[[a-z_]+\]$)", r"\1", text)
     (tmp_path / "all.cfg").write_text(re.sub(r"(?m)^(ip|port) = .*$", "", uncommented))
     httpd.loaded.clear()
     httpd.roots.clear()
     httpd.params.clear()
     httpd.load_config(str(tmp_path / "all.cfg"))  # the values in the comments are the defaults
-    assert {row.name: row.default for row in httpd.PARAMETERS["httpd"]} == httpd.in_force("httpd")
+    for module, rows in httpd.PARAMETERS.items():
+        assert {row.name: row.default for row in rows} == httpd.in_force(module)
 
 
 BLOCKS = dict(enumerate(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))

@@ -4996,10 +4996,11 @@ class FIFOReply:
             self.awaited = self.server.call_later(self.pause, self.open)   # nobody reads it yet
             self.pause = min(2 * self.pause, REPLY_PAUSES[1])
             return
-        if stat.S_ISFIFO(os.fstat(self.descriptor).st_mode):
-            self.awaited = self.server.watch(self.descriptor, self.write, WRITE)
-        else:
-            self.give_up("it is no FIFO")
+        status = os.fstat(self.descriptor)
+        if not stat.S_ISFIFO(status.st_mode) or os.path.samestat(status, self.fifo.status):
+            self.give_up("it is no FIFO of a client")
+            return
+        self.awaited = self.server.watch(self.descriptor, self.write, WRITE)
 
     def write(self) -> None:
         """As much as the pipe takes."""
@@ -5042,6 +5043,7 @@ class MIFIFO:
         self.text = ""                          # what has been read and not been carried out
         self.replies: set[FIFOReply] = set()    # the commands under way
         self.descriptor = make_fifo(path)
+        self.status = os.fstat(self.descriptor)
         # by which threads say that they have brought an answer
         self.bell, self.button = socket.socketpair()
         self.bell.setblocking(False)
@@ -5134,7 +5136,7 @@ class MIFIFO:
         self.bell.close()
         self.button.close()
         with suppress(OSError):
-            if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
+            if os.path.samestat(os.lstat(self.path), self.status):
                 os.unlink(self.path)
         os.close(self.descriptor)
 

@@ -611,6 +611,7 @@ END = -1            # what flush_data_cb returns at the end of the content
 AccessHandler = Callable[["Request", "Page"], Any]
 FlushData = Callable[["Request", int, memoryview], int]
 UploadData = Callable[["Request", bytes], Any]
+Service = Tuple[str, Callable[["Server"], Any]]         # the module, and what starts it
 
 
 class Root(NamedTuple):
@@ -627,8 +628,7 @@ class Root(NamedTuple):
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 # the init_proc_cb's that this process has not run yet
 pending_inits: list[tuple[str, Callable[[], Any]]] = []     # and the modules they belong to
-# the services that no server of this process runs, and the modules they belong to
-pending_services: list[tuple[str, Callable[[Server], Any]]] = []
+pending_services: list[Service] = []                    # that no server of this process runs
 init_lock = threading.RLock()
 # RFC 9110, 9.3 and RFC 5789: 405 where a root does not list them; what else nobody lists is 501.
 # CONNECT is for proxies.
@@ -3569,7 +3569,7 @@ class Server:
         self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
-        self.services: list[Any] = []           # that it runs, and what ends each
+        self.services: list[tuple[Service, Any]] = []       # that it runs, and what ends each
         self._loop: Optional[Loop] = None       # while it listens
         self._address: Optional[tuple[str, int]] = None
         self._thread: Optional[threading.Thread] = None     # that start() has made
@@ -4846,7 +4846,8 @@ register_mi("ps", mi_ps)
 FIFO_ANSWERS = 32           # commands under way: more wait in the FIFO, and their writers with them
 FIFO_PAUSE = 0.01           # seconds until it is looked at again then
 FIFO_PIECE = 2**16          # bytes of an answer that are written at a time
-REPLY_PAUSES = (0.001, 0.1)         # the first one between two looks for a reader, and the longest
+REPLY_PAUSE = 0.001         # seconds between two looks for its reader: twice as long each time,
+REPLY_PAUSE_MOST = 0.1      # up to this
 # A reply name cannot leave its directory; the empty one wants no answer.
 _REPLY_NAME = "((?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})?)"
 FIFO_HEAD = re.compile(":" + _REPLY_NAME + r"(:|\Z)")
@@ -4946,7 +4947,7 @@ class FIFOReply:
         self.spool = Spool(self.server.disk)
         self.written = 0                # bytes
         self.descriptor = -1            # of the client's FIFO, once it is open
-        self.pause, _ = REPLY_PAUSES
+        self.pause = REPLY_PAUSE
         self.expiry: Optional[Timer] = None         # when it is given up
         self.awaited: Union[Watch, Timer, None] = None      # to open, or to write
         self.kept = 0                   # bytes in memory
@@ -4994,7 +4995,7 @@ class FIFOReply:
                 self.give_up(error.strerror)
                 return
             self.awaited = self.server.call_later(self.pause, self.open)   # nobody reads it yet
-            self.pause = min(2 * self.pause, REPLY_PAUSES[1])
+            self.pause = min(2 * self.pause, REPLY_PAUSE_MOST)
             return
         status = os.fstat(self.descriptor)
         if not stat.S_ISFIFO(status.st_mode) or os.path.samestat(status, self.fifo.status):

@@ -5218,7 +5218,7 @@ class Fifo:
     def __init__(self, directory, **parameters):
         self.directory, self.path, self.got = directory, directory / "fifo", collections.Counter()
         httpd.loadmodule("mi_fifo", fifo_name=self.path, reply_dir=directory)
-        self.server = httpd.Server(**{**LOCAL, "request_timeout": 0.3, **parameters})
+        self.server = httpd.Server(**LOCAL, **parameters)
         self.server.run_once(0)
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
         self.readers = {name: self.reply(name) for name in "abz"}
@@ -5252,13 +5252,14 @@ class Fifo:
 
 
 @pytest.fixture
-def fifo(tmp_path):
-    fifo = Fifo(tmp_path)
+def fifo(request, tmp_path):
+    fifo = Fifo(tmp_path, **getattr(request, "param", {}))
     httpd.register_mi("add", lambda a, b=0: a + b)
     yield fifo
     fifo.close()
 
 
+impatient = pytest.mark.parametrize("fifo", [{"request_timeout": 0.3, "post_buf_size": 2**18}], indirect=True, ids=[""])
 ADD = b'{"jsonrpc":"2.0","method":"add","params":[1,%d],"id":1}'
 TELL = b'{"jsonrpc":"2.0","method":"add","params":[1]}'
 TOO_LONG = invalid("more than 1024 bytes, see post_buf_size")
@@ -5320,12 +5321,26 @@ def test_messages_in_the_fifo(fifo, pieces, expected, cut):
     assert sorted(os.listdir(fifo.directory)) == ["a", "b", "fifo", "z"]
 
 
+def test_whatever_is_written_the_next_command_is_answered(fifo):
+    chance = random.Random(1)
+    pieces = [b":a:", ADD % 1, b"\n", b"{", b"}", b":", b"x", b"\0", b"[" * 1200, b" ", b"\xff", b'"', TELL, b":../a:"]
+    for _ in range(300):
+        fifo.say(b"".join(chance.choice(pieces) for _ in range(chance.randrange(1, 9))))
+        fifo.server.run_once(0)
+        fifo.read("a")
+    fifo.say(b"\n")
+    wait_for(lambda: not fifo.read("a") and not fifo.server.held, fifo.server)
+    fifo.say(b":z:" + ADD % 9)
+    assert fifo.line("z") == ok("10")
+
+
 def test_a_log_line_of_the_fifo_cannot_be_forged(fifo, caplog):
     fifo.say(b"x\r2026 ERROR root: the house burns\x1b[2J\n")
     wait_for(lambda: caplog.records, fifo.server)
     assert r"'x\r2026 ERROR root: the house burns\x1b[2J'" in caplog.text
 
 
+@impatient
 def test_half_a_message_has_its_time_from_its_first_byte_on(fifo, caplog):
     fifo.say(b":a:{")
     limit = time.monotonic() + 10
@@ -5383,6 +5398,7 @@ def test_a_large_answer_into_the_fifo(fifo):
     wait_for(lambda: not fifo.server.disk.used, fifo.server)
 
 
+@impatient
 @table("make, logged", [
     (lambda path: None, "No such file", "nothing there"),
     (lambda path: path.write_text(""), "it is no FIFO of a client", "a file"),
@@ -5401,6 +5417,7 @@ def test_where_no_answer_goes(fifo, caplog, make, logged):
     assert descriptors() == opened
 
 
+@impatient
 def test_readers_that_stall_or_leave(fifo, caplog):
     httpd.register_mi("large", lambda: "x" * 3000000)
     call = b'{"jsonrpc":"2.0","method":"large","id":1}\n'
@@ -5423,6 +5440,7 @@ def test_answers_that_have_no_room(tmp_path, caplog):
     fifo.close()
 
 
+@impatient
 def test_commands_under_way_are_bounded(fifo, caplog):
     """More wait in the FIFO, and are carried out later."""
     called = []

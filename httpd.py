@@ -4850,7 +4850,8 @@ register_mi("ps", mi_ps)
 
 # ------------------------------------------------------------------------------------------ mi_fifo
 # MI as opensips-cli speaks it without options: `:reply_name:JSON` is written into one FIFO, and the
-# answer is read from the FIFO of that name in reply_dir, which the client has made.
+# answer is read from the FIFO of that name in reply_dir, which the client has made. A command has
+# at most post_buf_size bytes, and request_timeout to be whole, and its client as long to read on.
 
 FIFO_ANSWERS = 32           # commands under way: more wait in the FIFO, and their writers with them
 FIFO_PAUSE = 0.01           # seconds until it is looked at again then

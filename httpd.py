@@ -60,6 +60,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -102,7 +103,7 @@ if TYPE_CHECKING:
 __version__ = "0.1"
 __all__ = [
     "register_httpdcb", "unregister_httpdcb", "register_wsgi", "register_mi", "register_metric",
-    "modparam", "loadmodule", "load_config",
+    "register_service", "modparam", "loadmodule", "load_config",
     "Server", "run", "Request", "Page", "FormFile", "HTTPError", "ConfigError", "SUSPEND", "END",
     "tls_priority", "tls_context", "TLSPlan", "Spool", "observers", "Response"]
 log = logging.getLogger("httpd")
@@ -259,6 +260,12 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
         Parameter("root", "mi", "first part of the path of the JSON-RPC interface", kind="root"),
         Parameter("threads", 4, "threads for commands that take long", 1, 100),
         Parameter("pretty_printing", 0, "1: answers with line ends and indentation", 0, 1),
+    ),
+    "mi_fifo": (
+        Parameter("fifo_name", "/tmp/opensips_fifo", "FIFO that commands are written to",
+                  kind="path"),
+        Parameter("reply_dir", "/tmp", "directory of the FIFOs in which clients wait for answers",
+                  kind="path"),
     ),
     "prometheus": (
         Parameter("root", "metrics", "root path of the metrics", kind="root"),
@@ -650,6 +657,7 @@ END = -1            # what flush_data_cb returns at the end of the content
 AccessHandler = Callable[["Request", "Page"], Any]
 FlushData = Callable[["Request", int, memoryview], int]
 UploadData = Callable[["Request", bytes], Any]
+Service = Tuple[str, Callable[["Server"], Any]]         # the module, and what starts it
 
 
 class Refusal:
@@ -684,6 +692,7 @@ class Root(NamedTuple):
 roots: dict[str, Root] = {}                             # by root path, in the order of registration
 # the init_proc_cb's that this process has not run yet
 pending_inits: list[tuple[str, Callable[[], Any]]] = []     # and the modules they belong to
+pending_services: list[Service] = []                    # that no server of this process runs
 init_lock = threading.RLock()
 NOT_FOR_HANDLERS = ("CONNECT", "TRACE")                 # RFC 9110, 9.3.6 and 9.3.8
 # RFC 9110, 9.3 and RFC 5789. A root that takes every method says these in Allow.
@@ -822,8 +831,63 @@ def answer_options(request: Request, page: Page) -> int:
     return 204
 
 
-def initialize() -> None:
-    """Run the init_proc_cb's that this process has not run. ConfigError if one fails."""
+def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> None:
+    """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
+    try:
+        callback(*arguments)
+    except BaseException as error:
+        survive(what, error)
+
+
+def survive(what: str, error: BaseException) -> None:
+    """The same for what has been raised. A process that was forked in there ends."""
+    if isinstance(error, KeyboardInterrupt) or not all(server.is_ours() for server in servers):
+        raise error
+    log.error("%s failed", what, exc_info=error)
+
+
+def register_service(module: str, start: Callable[[Server], Any]) -> None:
+    """Have something live in the loop beside HTTP, by Server.watch() and call_later().
+
+    `start(server)` is called in the server's thread, before its first request: of the first server
+    of the process that serves. It may return a function without arguments that is called when that
+    server ends; the next one to serve then takes over. ConfigError: no such function. Any thread,
+    before the server serves.
+    """
+    check_callback("%s: service" % module, start, "server")
+    pending_services.append((module, start))
+
+
+def begin_services(server: Server) -> None:
+    """Begin the services that nobody runs. ConfigError if one fails."""
+    with init_lock:
+        while pending_services:
+            module, start = service = pending_services[0]
+            try:
+                end = start(server)
+            except (ConfigError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                log.debug("%s: traceback", module, exc_info=True)
+                raise ConfigError("%s: a service failed: %s" % (module, describe(error))) from error
+            del pending_services[0]
+            server.services.append((service, end))
+
+
+def end_services(server: Server) -> None:
+    """End those of a server, the last one first, and leave them to the next server."""
+    while server.services:
+        service, end = server.services.pop()
+        if end is not None:
+            call_safely("the end of a service", end)
+        pending_services.insert(0, service)
+
+
+def initialize(server: Server) -> None:
+    """Run what has to be run before a server serves, and has not been. ConfigError if that fails.
+
+    The init_proc_cb's, and the services.
+    """
     with init_lock:
         while pending_inits:
             module, callback = pending_inits[0]
@@ -836,21 +900,7 @@ def initialize() -> None:
                 raise ConfigError(
                     "%s: an init_proc_cb failed: %s" % (module, describe(error))) from error
             del pending_inits[0]
-
-
-def call_safely(what: str, callback: Callable[..., Any], *arguments: Any) -> None:
-    """Call what a program has given. Only a KeyboardInterrupt ends anything; others are logged."""
-    try:
-        callback(*arguments)
-    except BaseException as error:
-        survive(what, error)
-
-
-def survive(what: str, error: BaseException) -> None:
-    """The same for what has been raised."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    log.error("%s failed", what, exc_info=error)
+    begin_services(server)
 
 
 def initialize_late() -> None:
@@ -4212,7 +4262,7 @@ class Server:
     """
     __slots__ = (
         "params", "transport", "access", "heads", "responses", "connections", "room", "counters",
-        "disk", "turned_away", "keep_alive", "now", "stopping",
+        "disk", "turned_away", "keep_alive", "now", "stopping", "services",
         "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     # Of this process: bytes held, requests answered, connections accepted.
@@ -4239,6 +4289,7 @@ class Server:
         self.turned_away: deque[Connection] = deque()   # the last ones that there was no place for
         self.keep_alive = params.keep_alive     # seconds: on the hot path
         self.stopping = False                   # every answer closes its connection
+        self.services: list[tuple[Service, Any]] = []       # that it runs, and what ends each
         self._loop: Optional[Loop] = None       # while it listens
         self._address: Optional[tuple[str, int]] = None
         self._thread: Optional[threading.Thread] = None     # that start() has made
@@ -4298,7 +4349,7 @@ class Server:
             thread.start()
         started.wait()
         if not loop.ready:
-            raise RuntimeError("an init_proc_cb failed: %r" % loop.failure) from loop.failure
+            raise RuntimeError("the start failed: %s" % loop.failure) from loop.failure
 
     def stop(self, grace: Optional[float] = None, wait: bool = True) -> None:
         """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
@@ -4353,6 +4404,8 @@ class Server:
                 "again after SUSPEND and resume()")
         limits = (timeout, self.timeout(), A_DAY)
         try:
+            if pending_services and not self.stopping:
+                begin_services(self)
             self._turn(loop, min(limit for limit in limits if limit is not None))
         finally:
             loop.turning = False
@@ -4464,7 +4517,7 @@ class Server:
         loop.owner = threading.get_ident()
         try:
             if self._stop_at == math.inf:
-                initialize()
+                initialize(self)
             loop.ready = True
             started.set()
             while not self._drained():
@@ -4574,6 +4627,7 @@ class Server:
         loop.stop_listening(self._accept)
         for connection in list(self.connections):
             connection.close()
+        end_services(self)
         self._loop = None
         loop.close()
         servers.discard(self)
@@ -5579,6 +5633,327 @@ register_mi("reset_statistics", mi_reset_statistics)
 register_mi("version", lambda: {"Server": "httpd.py " + __version__})
 register_mi("uptime", mi_uptime)
 register_mi("ps", mi_ps)
+
+
+# ------------------------------------------------------------------------------------------ mi_fifo
+# MI as opensips-cli speaks it without options: `:reply_name:JSON` is written into one FIFO, and the
+# answer is read from the FIFO of that name in reply_dir, which the client has made. A command has
+# at most post_buf_size bytes, and request_timeout to be whole, and its client as long to read on.
+
+FIFO_ANSWERS = 32           # commands under way: more wait in the FIFO, and their writers with them
+FIFO_PAUSE = 0.01           # seconds until it is looked at again then
+FIFO_PIECE = 2**16          # bytes of an answer that are written at a time
+REPLY_PAUSE = 0.001         # seconds between two looks for its reader: twice as long each time,
+REPLY_PAUSE_MOST = 0.1      # up to this
+# A reply name cannot leave its directory; the empty one wants no answer.
+_REPLY_NAME = "((?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})?)"
+FIFO_HEAD = re.compile(":" + _REPLY_NAME + r"(:|\Z)")
+_BEGIN = ":" + _REPLY_NAME + r":(?=[\[{])"
+FIFO_BEGIN = re.compile(_BEGIN)
+FIFO_NEXT = re.compile("\n|" + _BEGIN)
+AFTER_JSON = re.compile(r"[ \t\r]*(?=[:\n]|\Z)")
+
+
+class FIFOMessage(NamedTuple):
+    """What was written into the FIFO, in latin-1."""
+    end: int                    # where it ends in the text
+    content: str
+    name: Optional[str]         # of the FIFO for the answer; None: it is garbage
+
+
+def end_of_json(text: str, begin: int, line_end: int) -> int:
+    """Where a message ends; -1: that has not come. opensips-cli writes no line end: its JSON ends.
+
+    What is written with one write() of at most PIPE_BUF bytes stays together.
+    """
+    if text.startswith(("{", "["), begin):
+        with suppress(ValueError, RecursionError):
+            _, end = json_decoder.raw_decode(text, begin)
+            after = AFTER_JSON.match(text, end)
+            if after is not None and not 0 <= line_end < end:
+                return after.end()
+    return line_end
+
+
+def next_message(text: str, limit: int) -> Optional[FIFOMessage]:
+    """The first message; None: not all of it is there, and it is not larger than the limit yet."""
+    if not text:
+        return None
+    head = FIFO_HEAD.match(text)
+    if head is None:
+        following = FIFO_NEXT.search(text, 1)
+        end = following.start() if following is not None else len(text)
+        return FIFOMessage(end, text[:end], None)
+    begin = head.end()
+    end = end_of_json(text, begin, text.find("\n"))
+    if end < 0 and len(text) - begin <= limit:
+        return None
+    if end < 0:
+        end = len(text)
+    return FIFOMessage(end, text[begin:end], head[1])
+
+
+def is_own_fifo(status: os.stat_result) -> bool:
+    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def clear_place(path: str) -> None:
+    """Remove a FIFO of this user that nobody reads. ConfigError: something else is there."""
+    try:
+        if not is_own_fifo(os.lstat(path)):
+            raise ConfigError("mi_fifo: %s is there, and no FIFO of this user: remove it, or set "
+                              "fifo_name" % path)
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        os.unlink(path)
+        return
+    raise ConfigError("mi_fifo: a program reads %s already: end it, or set fifo_name" % path)
+
+
+def make_fifo(path: str) -> int:
+    """The descriptor of a new FIFO for this user and group. ConfigError: it cannot be."""
+    try:
+        clear_place(path)
+        os.mkfifo(path, 0o600)
+        # For writing too: else it would be at its end, and readable, whenever a writer has gone.
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ConfigError("mi_fifo: %s: %s: set fifo_name" % (path, error.strerror)) from None
+    if not is_own_fifo(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise ConfigError("mi_fifo: somebody has replaced %s: set fifo_name" % path)
+    os.fchmod(descriptor, 0o660)                # whatever the umask says
+    return descriptor
+
+
+class FIFOReply:
+    """The answer to one command, until it is written or given up.
+
+    What is kept for it counts, as memory_budget and spool_size say.
+    """
+
+    def __init__(self, fifo: MIFIFO, message: FIFOMessage, answer: Batch) -> None:
+        self.fifo = fifo
+        self.server = fifo.server
+        self.name = message.name
+        self.answer: Optional[Batch] = answer       # None: it is on its way
+        self.spool = Spool(self.server.disk)
+        self.written = 0                # bytes
+        self.descriptor = -1            # of the client's FIFO, once it is open
+        self.pause = REPLY_PAUSE
+        self.expiry: Optional[Timer] = None         # when it is given up
+        self.awaited: Union[Watch, Timer, None] = None      # to open, or to write
+        self.kept = 0                   # bytes in memory
+        self.keep(len(message.content))
+
+    def keep(self, size: int) -> None:
+        self.server.room.hold(size - self.kept)
+        self.kept = size
+
+    def begin(self) -> None:
+        """Send the answer, once it is complete."""
+        if self.answer is None:
+            return
+        text = self.answer.text()
+        if text is None:
+            return
+        if not text or not self.name:
+            self.close()
+            return
+        self.answer = None
+        try:
+            self.spool.write(text.encode() + b"\n")
+        except OSError as error:
+            self.server.disk.complain(error)
+            self.give_up("no room is left, see spool_size")
+            return
+        self.keep(self.spool.in_memory)
+        self.renew_expiry()
+        self.open()
+
+    def renew_expiry(self) -> None:
+        """The client has its time again."""
+        if self.expiry is not None:
+            self.expiry.close()
+        self.expiry = self.server.call_later(
+            self.server.params.request_timeout, functools.partial(self.give_up, "nobody reads it"))
+
+    def open(self) -> None:
+        """Never wait for the client, and follow nothing that it has put there."""
+        path = os.path.join(self.fifo.reply_dir, str(self.name))
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                self.give_up(error.strerror)
+                return
+            self.awaited = self.server.call_later(self.pause, self.open)   # nobody reads it yet
+            self.pause = min(2 * self.pause, REPLY_PAUSE_MOST)
+            return
+        status = os.fstat(self.descriptor)
+        if not stat.S_ISFIFO(status.st_mode) or os.path.samestat(status, self.fifo.status):
+            self.give_up("it is no FIFO of a client")
+            return
+        self.awaited = self.server.watch(self.descriptor, self.write, WRITE)
+
+    def write(self) -> None:
+        """As much as the pipe takes."""
+        piece = self.spool.read(self.written, FIFO_PIECE)
+        try:
+            self.written += os.write(self.descriptor, piece)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.give_up(error.strerror)
+            return
+        if self.written == self.spool.size:
+            self.close()
+        else:
+            self.renew_expiry()
+
+    def give_up(self, reason: Optional[str]) -> None:
+        log.warning("mi_fifo: the answer for %r is dropped: %s", self.name, reason)
+        self.close()
+
+    def close(self) -> None:
+        for wait in (self.expiry, self.awaited):
+            if wait is not None:
+                wait.close()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.spool.close()
+        self.keep(0)
+        self.fifo.replies.discard(self)
+
+
+class MIFIFO:
+    """The FIFO that commands come by: it is watched, or looked at again after a pause."""
+
+    def __init__(self, server: Server, path: str, reply_dir: str) -> None:
+        self.server = server
+        self.path = path
+        self.reply_dir = reply_dir
+        self.limit = server.params.post_buf_size
+        self.text = ""                          # what has been read and not been carried out
+        self.replies: set[FIFOReply] = set()    # the commands under way
+        self.descriptor = make_fifo(path)
+        self.status = os.fstat(self.descriptor)
+        # by which threads say that they have brought an answer
+        self.bell, self.button = socket.socketpair()
+        self.bell.setblocking(False)
+        self.button.setblocking(False)
+        self.listening = server.watch(self.bell, self.hear)
+        self.awaited: Union[Watch, Timer] = server.watch(self.descriptor, self.read)
+        self.expiry: Optional[Timer] = None     # of half a message
+
+    @property
+    def counters(self) -> Counters:
+        return self.server.counters
+
+    def resume(self) -> None:
+        """Any thread. The bell rings already, or the server has ended, if this fails."""
+        with suppress(OSError):
+            self.button.send(b"!")
+
+    def hear(self) -> None:
+        with suppress(BlockingIOError):
+            self.bell.recv(RECEIVE_SIZE)
+        for reply in list(self.replies):
+            reply.begin()
+
+    def keep(self, text: str) -> None:
+        self.server.room.hold(len(text) - len(self.text))
+        self.text = text
+
+    def read(self) -> None:
+        """More has come. What begins like a message is no rest of the one before it."""
+        with suppress(BlockingIOError):
+            piece = os.read(self.descriptor, RECEIVE_SIZE).decode("latin-1")
+            if self.text and FIFO_BEGIN.match(piece):
+                self.drop()
+            self.keep(self.text + piece)
+            self.look()
+
+    def look(self) -> None:
+        """Carry out what is there, as far as there is room for answers."""
+        self.wait(self.server.call_later(FIFO_PAUSE, self.look))    # also if something fails here
+        for _ in range(FIFO_ANSWERS - len(self.replies)):
+            self.keep(self.text.lstrip(" \t\r\n"))
+            message = next_message(self.text, self.limit)
+            if message is None:
+                self.wait(self.server.watch(self.descriptor, self.read))
+                self.set_expiry(self.text != "")
+                return
+            self.keep(self.text[message.end:])
+            self.set_expiry(False)
+            self.carry_out(message)
+
+    def wait(self, awaited: Union[Watch, Timer]) -> None:
+        """For this, and no more for what was waited for."""
+        self.awaited.close()
+        self.awaited = awaited
+
+    def set_expiry(self, wanted: bool) -> None:
+        """Half a message has its time from its first byte on."""
+        if self.expiry is not None and not wanted:
+            self.expiry.close()
+            self.expiry = None
+        elif self.expiry is None and wanted:
+            self.expiry = self.server.call_later(self.server.params.request_timeout, self.drop)
+
+    def drop(self) -> None:
+        """The rest of a message has not come."""
+        log.warning("mi_fifo: half a message is dropped: %r", self.text[:GARBAGE_SIZE])
+        self.keep("")
+        self.set_expiry(False)
+
+    def carry_out(self, message: FIFOMessage) -> None:
+        if message.name is None:
+            log.warning("mi_fifo: dropped, write :reply_name:JSON and a line end: %r",
+                        message.content[:GARBAGE_SIZE])
+            return
+        if len(message.content) > self.limit:
+            fault = "more than %d bytes, see post_buf_size" % self.limit
+            log.warning("mi_fifo: a command has %s", fault)
+            calls = Calls([no_call(fault)], True)
+        else:
+            calls = read_calls(message.content.encode("latin-1"))
+        reply = FIFOReply(self, message, Batch(calls, self))
+        self.replies.add(reply)
+        reply.begin()
+
+    def close(self) -> None:
+        """The end of the service. The FIFO goes, if it is still the one that was made."""
+        for reply in list(self.replies):
+            reply.close()
+        self.keep("")
+        self.set_expiry(False)
+        self.awaited.close()
+        self.listening.close()
+        self.bell.close()
+        self.button.close()
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(self.path), self.status):
+                os.unlink(self.path)
+        os.close(self.descriptor)
+
+
+def load_mi_fifo(parameters: dict[str, Any]) -> None:
+    path, reply_dir = parameters["fifo_name"], parameters["reply_dir"]
+
+    def start(server: Server) -> Callable[[], None]:
+        if not os.path.isdir(reply_dir):
+            raise ConfigError("mi_fifo: %s is no directory: set reply_dir" % reply_dir)
+        return MIFIFO(server, path, reply_dir).close
+
+    register_service("mi_fifo", start)
+
+
+BUILT_IN["mi_fifo"] = load_mi_fifo
 
 
 # --------------------------------------------------------------------------------------- prometheus
@@ -6788,7 +7163,7 @@ def run(**parameters: Any) -> None:
     try:
         for number, handler in wanted.items():
             previous[number] = signal.signal(number, handler)
-        initialize()                    # before anybody is told that it serves
+        initialize(server)              # before anybody is told that it serves
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
         # lines of the log, and nothing else, go to stdout

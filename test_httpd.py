@@ -51,8 +51,8 @@ HERE = pathlib.Path(__file__).parent
 HOST = b"Host: example\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LOCAL = {"ip": "127.0.0.1", "port": 0, "allowed_hosts": "*"}
-REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "observers", "known_methods",
-              "metrics", "access_logs")
+REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "pending_services", "observers",
+              "known_methods", "metrics", "access_logs")
 ended = math.inf  # so many answers never come: what is due is the end of the connection
 
 
@@ -624,6 +624,67 @@ def test_a_late_init_proc_cb_that_leaves(server, caplog):
     exchange(server, get())
     httpd.register_httpdcb("test", "late", echo, None, raising(SystemExit()))
     assert answers(exchange(server, get(b"/late"))[0])[0].status == 200 and "an init_proc_cb failed" in caplog.text
+
+
+def test_services_run_once_and_end_with_their_server():
+    """In the order of registration, and back; the next server takes over."""
+    told = []
+
+    def service(name):
+        def start(server):
+            told.append((name, server, threading.current_thread().name))
+            return lambda: told.append((name, None, threading.current_thread().name))
+        return start
+
+    httpd.register_service("test", service("a"))
+    httpd.register_service("test", service("b"))
+    httpd.register_service("test", lambda server: None)
+    first, second = httpd.Server(**LOCAL), httpd.Server(**LOCAL)
+    with first:
+        second.run_once(0)
+        assert told == [("a", first, "httpd"), ("b", first, "httpd")]
+        del told[:]
+    assert told == [("b", None, "httpd"), ("a", None, "httpd")]
+    second.run_once(0)
+    assert told[2:] == [("a", second, "MainThread"), ("b", second, "MainThread")]
+    second.stop(0)
+    assert len(told) == 6
+
+
+@table("start, message", [
+    (raising(httpd.ConfigError("test: set x")), "^test: set x$", "what the operator has to do"),
+    (lambda server: 1 / 0, "test: a service failed: ZeroDivisionError: .*test_httpd.py", "another exception"),
+])
+def test_a_failing_service_fails_the_start(start, message):
+    ends = []
+    httpd.register_service("test", lambda server: lambda: ends.append(1))
+    httpd.register_service("test", start)
+    server = httpd.Server(**LOCAL)
+    with pytest.raises(httpd.ConfigError, match=message):
+        server.run()
+    assert ends == [1] and len(httpd.pending_services) == 2
+    with pytest.raises(httpd.ConfigError, match="no function"):
+        httpd.register_service("test", None)
+
+
+def test_a_process_that_a_service_has_forked_ends(tmp_path):
+    """It leaves the loop alone, and the service, which goes on in its parent."""
+    def start(server):
+        server.call_later(0, lambda: os.fork() or sys.exit(7))
+        return lambda: (tmp_path / "ended").write_text("%d" % os.getpid())
+
+    httpd.register_service("test", start)
+    server = httpd.Server(**LOCAL)
+    me = os.getpid()
+    try:
+        for _ in range(3):
+            server.run_once(0.05)
+        server.stop(0)
+    finally:
+        if os.getpid() != me:
+            os._exit(7 if isinstance(sys.exc_info()[1], SystemExit) else 8)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+    assert (tmp_path / "ended").read_text() == str(me)
 
 
 def assert_free(port, host="127.0.0.1"):
@@ -5409,6 +5470,343 @@ def test_a_half_closed_client_gets_the_answer_of_a_command_in_a_thread(mi, serve
         assert answers(read(client))[0].json()["result"] is None
 
 
+# ------------------------------------------------------------------------------------------------------------- mi_fifo
+
+class Fifo:
+    """The server without a thread and a client of its FIFO, which has made the FIFOs a, b and z for answers."""
+
+    def __init__(self, directory, **parameters):
+        self.directory, self.path, self.got = directory, directory / "fifo", collections.Counter()
+        httpd.loadmodule("mi_fifo", fifo_name=self.path, reply_dir=directory)
+        self.server = httpd.Server(**LOCAL, **parameters)
+        self.server.run_once(0)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        self.readers = {name: self.reply(name) for name in "abz"}
+
+    def reply(self, name):
+        os.mkfifo(self.directory / name)
+        return os.open(self.directory / name, os.O_RDONLY | os.O_NONBLOCK)
+
+    def say(self, raw):
+        os.write(self.descriptor, raw)
+
+    def read(self, name="a"):
+        """What has come so far."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.readers[name], 1 << 20)
+        return b""
+
+    def line(self, name="a", seconds=10):
+        """An answer."""
+        data = bytearray()
+        wait_for(lambda: data.extend(self.read(name)) or data.endswith(b"\n"), self.server, seconds)
+        return bytes(data[:-1])
+
+    def is_idle(self):
+        return not self.server.held and not self.server.loop.timers
+
+    def close(self):
+        self.server.stop(0)
+        for descriptor in (self.descriptor, *self.readers.values()):
+            os.close(descriptor)
+
+
+@pytest.fixture
+def fifo(request, tmp_path):
+    fifo = Fifo(tmp_path, **getattr(request, "param", {}))
+    httpd.register_mi("add", lambda a, b=0: a + b)
+    yield fifo
+    fifo.close()
+
+
+impatient = pytest.mark.parametrize("fifo", [{"request_timeout": 0.3, "post_buf_size": 2**18}], indirect=True, ids=[""])
+ADD = b'{"jsonrpc":"2.0","method":"add","params":[1,%d],"id":1}'
+TELL = b'{"jsonrpc":"2.0","method":"add","params":[1]}'
+TOO_LONG = invalid("more than 1024 bytes, see post_buf_size")
+PARSE_ERROR = b'{"jsonrpc":"2.0","error":{"code":-32700,"message":"Parse error"},"id":null}'
+FIFO_ROWS = [
+    ([b":a:", ADD % 1, b"\n"], {"a": [ok("2")]}, "a line"),
+    ([b":a:", ADD % 1, b"\r\n"], {"a": [ok("2")]}, "a line of another system"),
+    ([b":a:", ADD % 1], {"a": [ok("2")]}, "opensips-cli writes no line end"),
+    ([b":a: ", ADD % 1, b" \n"], {"a": [ok("2")]}, "blanks around it"),
+    ([b":a:", ADD % 1, b":b:", ADD % 2], {"a": [ok("2")], "b": [ok("3")]}, "two that have come together"),
+    ([b":a:", ADD % 1, b"\n:b:", ADD % 2, b"\n"], {"a": [ok("2")], "b": [ok("3")]}, "two lines"),
+    ([b"\n\n:a:", ADD % 1, b"\n\n"], {"a": [ok("2")]}, "empty lines"),
+    ([b":a:[", ADD % 1, b",", TELL, b",", ADD % 2, b"]\n"], {"a": [b"[%s,%s]" % (ok("2"), ok("3"))]}, "a batch"),
+    ([b":a:", TELL, b"\n"], {}, "a notification"),
+    ([b"::", ADD % 1, b"\n"], {}, "no answer is wanted"),
+    ([b':a:{"jsonrpc":"2.0","method":"add","params":[":b:{}","}:"],"id":1}'], {"a": [ok('":b:{}}:"')]},
+     "text that looks like a message"),
+    ([b":a:{\n"], {"a": [PARSE_ERROR]}, "a line is whole whatever is in it"),
+    ([b":a:7\n"], {"a": [invalid("a call must be an object")]}, "a number"),
+    ([b":a:\n"], {"a": [PARSE_ERROR]}, "nothing in it"),
+    ([b":a:", ADD % 1, b" x\n"], {"a": [PARSE_ERROR]}, "something behind the JSON"),
+    ([b":a:", b"[" * 1000, b"\n"], {"a": [PARSE_ERROR]}, "deep"),
+    ([b":a:\xff\n"], {"a": [PARSE_ERROR]}, "not UTF-8"),
+    ([b":a:[", b" " * 2000, b"]\n"], {"a": [TOO_LONG]}, "a line over post_buf_size"),
+    ([b":a:[", b" " * 2000, b"]:b:", ADD % 2], {"a": [TOO_LONG], "b": [ok("3")]}, "one over it, no line end"),
+    ([b":a:[", b" " * 40000, b"]\n:b:", ADD % 2, b"\n"], {"a": [TOO_LONG], "b": [ok("3")]}, "one that is far over it"),
+    ([b":a:[", b" " * 40000, b":b:", ADD % 2], {"a": [TOO_LONG], "b": [ok("3")]}, "far over it, without an end"),
+    ([b"x\n:a:", ADD % 1, b"\n"], {"a": [ok("2")]}, "garbage before a line"),
+    ([b"\0x:a:", ADD % 1], {"a": [ok("2")]}, "garbage before a message"),
+    ([b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"], {}, "another protocol"),
+    ([b":../a:", ADD % 1, b"\n"], {}, "a name in another directory"),
+    ([b":/tmp/a:", ADD % 1, b"\n"], {}, "an absolute name"),
+    ([b":.a:", ADD % 1, b"\n"], {}, "a hidden name"),
+    ([b":a\0:", ADD % 1, b"\n"], {}, "NUL in a name"),
+    ([b":", b"a" * 256, b":", ADD % 1, b"\n"], {}, "a name that is too long"),
+    ([b":"], {}, "nothing but the begin"),
+    ([b":a"], {}, "half a name"),
+    ([b":a:"], {}, "a name"),
+    ([b':a:{"jsonrpc":"2'], {}, "half of the JSON: its writer is gone"),
+    ([b":fifo:", ADD % 1, b"\n"], {}, "the answer into the FIFO of the commands"),
+]
+
+
+@table("pieces, expected", FIFO_ROWS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_messages_in_the_fifo(fifo, pieces, expected, cut):
+    """Whatever came before, the next command, written at once, is answered."""
+    raw = b"".join(pieces)
+    if cut != "whole" and (b":b:" in raw[1:] or len(raw) > 1100 or b" x" in raw or b"\0x" in raw):
+        return  # where a message ends, that has no line end, depends on what is written together
+    for piece in CUTS[cut](raw):
+        fifo.say(piece)
+        fifo.server.run_once(0)
+    fifo.say(b":z:" + ADD % 9)
+    assert fifo.line("z") == ok("10")
+    found = {name: fifo.read(name).split(b"\n")[:-1] for name in "ab"}
+    assert {name: lines for name, lines in found.items() if lines} == expected
+    wait_for(lambda: not fifo.server.held, fifo.server)
+    assert sorted(os.listdir(fifo.directory)) == ["a", "b", "fifo", "z"]
+
+
+def test_whatever_is_written_the_next_command_is_answered(fifo):
+    chance = random.Random(1)
+    pieces = [b":a:", ADD % 1, b"\n", b"{", b"}", b":", b"x", b"\0", b"[" * 1200, b" ", b"\xff", b'"', TELL, b":../a:"]
+    for _ in range(300):
+        fifo.say(b"".join(chance.choice(pieces) for _ in range(chance.randrange(1, 9))))
+        fifo.server.run_once(0)
+        fifo.read("a")
+    fifo.say(b"\n")
+    wait_for(lambda: not fifo.read("a") and not fifo.server.held, fifo.server)
+    fifo.say(b":z:" + ADD % 9)
+    assert fifo.line("z") == ok("10")
+
+
+def test_a_log_line_of_the_fifo_cannot_be_forged(fifo, caplog):
+    fifo.say(b"x\r2026 ERROR root: the house burns\x1b[2J\n")
+    wait_for(lambda: caplog.records, fifo.server)
+    assert r"'x\r2026 ERROR root: the house burns\x1b[2J'" in caplog.text
+
+
+@impatient
+def test_half_a_message_has_its_time_from_its_first_byte_on(fifo, caplog):
+    fifo.say(b":a:{")
+    limit = time.monotonic() + 10
+    while "half a message" not in caplog.text:
+        assert time.monotonic() < limit
+        fifo.say(b" ")
+        fifo.server.run_once(0.02)
+    fifo.say(b"\n")
+    wait_for(fifo.is_idle, fifo.server)
+
+
+def test_commands_in_threads(fifo):
+    """The answers come as they are ready, in their order within a batch, and nobody waits meanwhile."""
+    gate = threading.Event()
+    httpd.register_mi("slow", lambda text: gate.wait(10) and text, threads=True)
+    fifo.say(b':a:{"jsonrpc":"2.0","method":"slow","params":["x"],"id":1}\n')
+    fifo.say(b':b:[{"jsonrpc":"2.0","method":"slow","params":["y"],"id":1},' + ADD % 1 + b"]\n:z:" + ADD % 2)
+    assert fifo.line("z") == ok("3")
+    gate.set()
+    assert fifo.line("a") == ok('"x"')
+    assert fifo.line("b") == b"[%s,%s]" % (ok('"y"'), ok("2"))
+    wait_for(lambda: not fifo.server.held, fifo.server)
+
+
+def test_a_command_in_a_thread_that_outlasts_the_server(tmp_path):
+    gate, done = threading.Event(), threading.Event()
+    httpd.register_mi("slow", lambda: gate.wait(10), threads=True)
+    fifo = Fifo(tmp_path)
+    fifo.say(b':a:{"jsonrpc":"2.0","method":"slow","id":1}\n')
+    wait_for(lambda: fifo.server.held, fifo.server)
+    fifo.close()
+    httpd.mi_pool().submit(httpd.Job(lambda: gate, lambda gate: gate.set() or done.set()))
+    assert done.wait(10) and not fifo.server.held
+
+
+def test_a_command_that_leaves_does_not_end_the_fifo(fifo, monkeypatch, caplog):
+    """Faults behind a command: the system has no thread for it."""
+    httpd.register_mi("slow", lambda: None, threads=True)
+    httpd.register_mi("leave", raising(SystemExit()))
+    monkeypatch.setattr(httpd, "mi_pool", raising(RuntimeError("can't start new thread")))
+    fifo.say(b':a:{"jsonrpc":"2.0","method":"slow","id":1}\n:b:{"jsonrpc":"2.0","method":"leave","id":1}\n')
+    assert b"Server error" in fifo.line("b")
+    assert "can't start new thread" in caplog.text
+    fifo.say(b":z:" + ADD % 2)
+    assert fifo.line("z") == ok("3")
+
+
+def test_a_large_answer_into_the_fifo(fifo):
+    """It is written as the pipe takes it, and waits in a file."""
+    httpd.register_mi("large", lambda: "x" * 3000000)
+    fifo.say(b':a:{"jsonrpc":"2.0","method":"large","id":1}\n:z:' + ADD % 2)
+    assert fifo.line("z") == ok("3")
+    assert fifo.server.disk.used > 2000000 and fifo.server.held < 1000
+    assert fifo.line("a") == ok('"%s"' % ("x" * 3000000))
+    wait_for(lambda: not fifo.server.disk.used, fifo.server)
+
+
+@impatient
+@table("make, logged", [
+    (lambda path: None, "No such file", "nothing there"),
+    (lambda path: path.write_text(""), "it is no FIFO of a client", "a file"),
+    (lambda path: path.symlink_to("a"), "Too many levels of symbolic links", "a symbolic link to a FIFO"),
+    (lambda path: path.mkdir(), "Is a directory", "a directory"),
+    (os.mkfifo, "nobody reads it", "a reader that never comes"),
+])
+def test_where_no_answer_goes(fifo, caplog, make, logged):
+    make(fifo.directory / "x")
+    opened = descriptors()
+    fifo.say(b":x:" + ADD % 1 + b":z:" + ADD % 2)
+    assert fifo.line("z") == ok("3")
+    wait_for(lambda: "'x' is dropped: " + logged in caplog.text, fifo.server)
+    assert fifo.read("a") == b"" and not (fifo.directory / "x").is_file() or not (fifo.directory / "x").read_bytes()
+    wait_for(lambda: not fifo.server.held, fifo.server)
+    assert descriptors() == opened
+
+
+@impatient
+def test_readers_that_stall_or_leave(fifo, caplog):
+    httpd.register_mi("large", lambda: "x" * 3000000)
+    call = b'{"jsonrpc":"2.0","method":"large","id":1}\n'
+    opened = descriptors()
+    fifo.say(b":a:" + call + b":b:" + call)
+    wait_for(lambda: fifo.read("b"), fifo.server)
+    os.close(fifo.readers.pop("b"))
+    wait_for(lambda: "'b' is dropped: Broken pipe" in caplog.text, fifo.server)
+    wait_for(lambda: "'a' is dropped: nobody reads it" in caplog.text, fifo.server)
+    assert not fifo.server.held and not fifo.server.disk.used
+    assert descriptors() == opened - 1
+
+
+def test_answers_that_have_no_room(tmp_path, caplog):
+    httpd.register_mi("large", lambda: "x" * 3000000)
+    fifo = Fifo(tmp_path, spool_size=0)
+    fifo.say(b':a:{"jsonrpc":"2.0","method":"large","id":1}\n')
+    wait_for(lambda: "'a' is dropped: no room is left, see spool_size" in caplog.text, fifo.server)
+    assert not fifo.server.held
+    fifo.close()
+
+
+@impatient
+def test_commands_under_way_are_bounded(fifo, caplog):
+    """More wait in the FIFO, and are carried out later."""
+    called = []
+    httpd.register_mi("call", lambda: called.append(1))
+    for number in range(100):
+        os.mkfifo(fifo.directory / ("r%d" % number))
+    most = descriptors() + httpd.FIFO_ANSWERS
+    for number in range(100):
+        fifo.say(b':r%d:{"jsonrpc":"2.0","method":"call","id":1}' % number)
+    wait_for(lambda: len(called) >= httpd.FIFO_ANSWERS, fifo.server)
+    fifo.server.run_once(0.05)
+    assert len(called) == httpd.FIFO_ANSWERS and descriptors() <= most
+    assert fifo.server.held < 20000
+    wait_for(lambda: caplog.text.count("nobody reads it") == 100, fifo.server)
+    fifo.say(b":z:" + ADD % 2)
+    assert fifo.line("z") == ok("3") and len(called) == 100
+    wait_for(fifo.is_idle, fifo.server)
+
+
+def test_many_writers_at_once(fifo):
+    """As opensips-cli does it: a FIFO of its own for each answer, opened when the command is written."""
+    def client(number):
+        for turn in range(25):
+            path = fifo.directory / ("r%d_%d" % (number, turn))
+            os.mkfifo(path)
+            with open(fifo.path, "w") as file:
+                file.write(":%s:%s" % (path.name, (ADD % (100 * number + turn)).decode()))
+            with open(path) as file:
+                assert file.readline().encode() == ok(str(1 + 100 * number + turn)) + b"\n"
+            path.unlink()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        wait_for(lambda: all(client.done() for client in clients), fifo.server, 30)
+    assert [client.result() for client in clients] == [None] * 8
+
+
+def served_by_somebody(path):
+    os.mkfifo(path)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def of_somebody_else(path):
+    if os.geteuid():
+        pytest.skip("only root can make it")
+    os.mkfifo(path)
+    os.chown(path, 65534, -1)
+
+
+@table("make, message", [
+    (lambda path: path.write_text("x"), "no FIFO of this user", "a file"),
+    (lambda path: os.mkfifo(path.parent / "x") or path.symlink_to("x"), "no FIFO of this user", "a symbolic link"),
+    (lambda path: path.mkdir(), "no FIFO of this user", "a directory"),
+    (of_somebody_else, "no FIFO of this user", "somebody else's FIFO"),
+    (served_by_somebody, "a program reads", "a FIFO that is read"),
+])
+def test_places_that_the_fifo_does_not_take(tmp_path, make, message):
+    path = tmp_path / "fifo"
+    reader = make(path)
+    before, opened = path.lstat(), descriptors()
+    httpd.loadmodule("mi_fifo", fifo_name=path, reply_dir=tmp_path)
+    server = httpd.Server(**LOCAL)
+    with pytest.raises(RuntimeError, match="mi_fifo: .*" + message):
+        server.start()
+    assert path.lstat() == before and descriptors() == opened
+    if reader:
+        os.close(reader)
+
+
+@table("parameters, message", [
+    ({"fifo_name": "/nowhere/fifo"}, "mi_fifo: /nowhere/fifo: No such file or directory: set fifo", "no directory"),
+    ({"fifo_name": ""}, "mi_fifo: : No such file", "no name"),
+    ({"fifo_name": "/x\0"}, "mi_fifo", "NUL"),
+    ({"reply_dir": "/nowhere"}, "mi_fifo: /nowhere is no directory: set reply_dir", "no directory for answers"),
+])
+def test_parameters_of_the_fifo_that_cannot_be(tmp_path, parameters, message):
+    httpd.loadmodule("mi_fifo", **{"fifo_name": str(tmp_path / "fifo"), **parameters})
+    server = httpd.Server(**LOCAL)
+    for _ in range(2):
+        with pytest.raises(httpd.ConfigError, match=message):
+            server.run_once(0)
+    server.stop(0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_fifo_is_made_and_removed(tmp_path):
+    """Whatever the umask is; and a dead one is replaced."""
+    os.mkfifo(tmp_path / "fifo", 0o666)
+    before = os.umask(0o777)
+    try:
+        fifo = Fifo(tmp_path)
+        assert (tmp_path / "fifo").stat().st_mode == 0o10660
+    finally:
+        os.umask(before)
+        fifo.close()
+    assert not (tmp_path / "fifo").exists()
+
+
+def test_a_fifo_that_was_replaced_is_not_removed(tmp_path):
+    fifo = Fifo(tmp_path)
+    (tmp_path / "fifo").unlink()
+    (tmp_path / "fifo").write_text("mine")
+    fifo.close()
+    assert (tmp_path / "fifo").read_text() == "mine"
+
+
 # ---------------------------------------------------------------------------------------------------------- prometheus
 
 @pytest.fixture
@@ -8658,15 +9056,17 @@ def test_example_cfg_works_as_it_is(tmp_path):
     assert values["port"] == 8888
     assert list(httpd.roots) == ["mi", "metrics"]
     text = (HERE / "example.cfg").read_text(encoding="utf-8")
-    for row in httpd.PARAMETERS["httpd"]:
+    assert httpd.pending_services == []  # only one program can own the FIFO
+    for row in (*httpd.PARAMETERS["httpd"], *httpd.PARAMETERS["mi_fifo"]):
         assert re.search(r"^#? ?%s =" % row.name, text, re.MULTILINE), row.name
-    uncommented = re.sub(r"(?m)^#( ?)([a-z_]+ =)", r"\2", text)
+    uncommented = re.sub(r"(?m)^# ?([a-z_]+ =|\[[a-z_]+\]$)", r"\1", text)
     (tmp_path / "all.cfg").write_text(re.sub(r"(?m)^(ip|port) = .*$", "", uncommented))
     httpd.loaded.clear()
     httpd.roots.clear()
     httpd.params.clear()
     httpd.load_config(str(tmp_path / "all.cfg"))  # the values in the comments are the defaults
-    assert {row.name: row.default for row in httpd.PARAMETERS["httpd"]} == httpd.in_force("httpd")
+    for module, rows in httpd.PARAMETERS.items():
+        assert {row.name: row.default for row in rows} == httpd.in_force(module)
 
 
 BLOCKS = dict(enumerate(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))

@@ -454,12 +454,38 @@ def module_name(text: str) -> str:
     return re.sub(r"^.*/|\.so$", "", text)
 
 
+# Where configurations lie: a user's module may lie beside one.
+config_directories: list[str] = []
+
+
+def find_module(name: str) -> Any:
+    """A Python module: by its file beside a configuration if there is one, else by import."""
+    for directory in config_directories:
+        path = os.path.join(directory, name + ".py")
+        found = sys.modules.get(name)
+        if os.path.isfile(path) and getattr(found, "__file__", None) != path:
+            from importlib.util import module_from_spec
+            from importlib.util import spec_from_file_location
+            spec: Any = spec_from_file_location(name, path)
+            module = module_from_spec(spec)
+            if found is None:           # else the standard library has one of that name
+                sys.modules[name] = module
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                if found is None:
+                    del sys.modules[name]
+                raise
+            return module
+    return import_module(name)
+
+
 def start_module(name: str) -> None:
     """Call a module's mod_init. Only parameters that have been set make one necessary."""
     if name in BUILT_IN:
         BUILT_IN[name](in_force(name))
         return
-    mod_init = getattr(import_module(name), "mod_init", None)
+    mod_init = getattr(find_module(name), "mod_init", None)
     if mod_init is not None:
         mod_init(in_force(name))
     elif params.get(name):
@@ -560,8 +586,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     for text in overrides:              # the last one counts
         set_parameters([read_override(text)], modules, problems)
     if not problems:
-        # a user's module may lie beside it
-        sys.path.append(os.path.dirname(os.path.abspath(path)))
+        beside = os.path.dirname(os.path.abspath(path))
+        config_directories.insert(0, beside)
+        sys.path.append(beside)         # for what such a module imports
         for module, place in modules.items():
             try:
                 loadmodule(module)

@@ -52,7 +52,7 @@ HOST = b"Host: example\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LOCAL = {"ip": "127.0.0.1", "port": 0, "allowed_hosts": "*"}
 REGISTERED = ("params", "roots", "mi_commands", "loaded", "pending_inits", "pending_services", "observers",
-              "known_methods", "metrics", "access_logs")
+              "known_methods", "metrics", "access_logs", "config_directories")
 ended = math.inf  # so many answers never come: what is due is the end of the connection
 
 
@@ -474,6 +474,10 @@ def test_modules_of_the_user(tmp_path):
         "test.cfg:3: fails_in_init: cannot be loaded: ZeroDivisionError: division by zero, raised at %s:2"
         % (tmp_path / "fails_in_init.py"))
     assert problems[1].endswith('test.cfg:4: taker: root path "here" is taken by beside')
+    (tmp_path / "site.py").write_text(
+        "import httpd\nhttpd.register_httpdcb('site', 'mine', lambda request, page: 200)\n")
+    httpd.load_config(config(tmp_path, "[site]"))  # the standard library has one too
+    assert httpd.roots["mine"].module == "site" and sys.modules["site"].__file__ != str(tmp_path / "site.py")
     with pytest.raises(httpd.ConfigError, match="beside_config: is loaded already"):
         httpd.loadmodule("beside_config")
 

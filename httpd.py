@@ -5455,7 +5455,12 @@ class Batch:
         self.asker = asker
         self.calls = calls
         self.answers = [self.begin(call) for call in calls.members]     # None: it is not there yet
-        for number, answer in enumerate(list(self.answers)):    # a copy: threads are at work
+        if None in self.answers:
+            self.submit(list(self.answers))         # a copy: threads are going to be at work
+
+    def submit(self, answers: list[Optional[str]]) -> None:
+        """Have threads bring the answers that are not there."""
+        for number, answer in enumerate(answers):
             if answer is None:
                 mi_pool().submit(Job(lambda: self, functools.partial(Batch.bring, number=number)))
 
@@ -5477,11 +5482,11 @@ class Batch:
 
     def text(self) -> Optional[str]:
         """What is sent; None: it is not complete."""
+        if self.calls.alone:
+            return self.answers[0]
         answers = list(self.answers)
         if None in answers:
             return None
-        if self.calls.alone:
-            return answers[0]
         members = [answer for answer in answers if answer]
         if not members:
             return ""
@@ -5548,7 +5553,8 @@ class MIRoot:
         if answer is None:
             check_mi_request(request)
             calls = read_calls(request.body)
-            request.note = names_for_log(calls)
+            if observers:               # nobody else reads it
+                request.note = names_for_log(calls)
             answer = Batch(calls, request)
         text = answer.text()
         if text is None:

@@ -2028,9 +2028,9 @@ class Access:
 
     def refusal(self, headers: Mapping[str, str]) -> Optional[Refusal]:
         """What the fields of a request are refused with (RFC 9110, 7.4 and 11.6.2)."""
-        if self.hosts and "host" in headers:
-            if bare_host(headers["host"]) not in self.hosts:
-                return Refusal(421, "this host is not served here, see allowed_hosts")
+        host = headers.get("host")
+        if self.hosts and host is not None and bare_host(host) not in self.hosts:
+            return Refusal(421, "this host is not served here, see allowed_hosts")
         if self.wanted and not self._knows(headers.get("authorization", "")):
             return self.challenge
         return None

@@ -1072,6 +1072,11 @@ class Request:
         return self._head.fields.headers
 
     @property
+    def from_page(self) -> bool:
+        """Whether a browser says, by Origin or Sec-Fetch-Site, which web page has sent it."""
+        return self._head.fields.from_page
+
+    @property
     def media_type(self) -> str:
         """What Content-Type says, in small letters, without its parameters; or empty."""
         return self._head.fields.media_type
@@ -1120,7 +1125,7 @@ class Request:
     @property
     def host(self) -> str:
         """The Host field, or what a trusted proxy says that it was; empty without one."""
-        return self._forwarded("x-forwarded-host", self.headers.get("host", ""))
+        return self._forwarded("x-forwarded-host", self._head.fields.host)
 
     @property
     def user(self) -> str:
@@ -1466,6 +1471,8 @@ class Fields(NamedTuple):
     connection_line: str            # what the answer says: KEEP, KEEP_1_0 or CLOSE
     expect: str                     # what is expected, in small letters; empty: nothing
     media_type: str                 # of the content, in small letters, without parameters
+    host: str                       # the Host field; empty: there is none
+    from_page: bool                 # a browser says which web page has sent it
 
 
 class Head(NamedTuple):
@@ -1553,7 +1560,8 @@ def parse_other_head(
         root = "*"
     fields = parse_section(pairs, minor == "0", is_known(method, root))
     if target.host:                 # RFC 9112, 3.2.2: it counts, not the Host field
-        fields = fields._replace(headers=Headers({**fields.headers, "host": target.host}))
+        headers = Headers({**fields.headers, "host": target.host})
+        fields = fields._replace(headers=headers, host=target.host)
     version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
     waits = fields.length != 0 or fields.expect != ""
     return Head(method, text, version, path, target.query, root, slash + rest, target.scheme,
@@ -1618,7 +1626,10 @@ def parse_section(
     kind = ""
     if "content-type" in headers:
         kind = media_type(headers["content-type"])
-    return Fields(Headers(headers), length, connection_line, expect, kind)
+    from_page = "origin" in headers or "sec-fetch-site" in headers
+    host = headers.get("host", "")
+    return Fields(
+        Headers(headers), length, connection_line, expect, kind, host, from_page)
 
 
 def join_fields(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
@@ -1926,6 +1937,10 @@ FORWARDED_ADDRESS = re.compile(r"\[?([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:\](?::[0-9]+
                                r"|([0-9.]+)(?::[0-9]+)?")
 
 
+# Whether a Host field does, or there is none.
+names_localhost = Small(lambda host: host == "" or LOCAL_HOST.fullmatch(host) is not None)
+
+
 def read_password(text: str) -> str:
     """The value of auth_password: what it says, or what the file holds, less its last line end."""
     if not text.startswith("file:"):
@@ -2026,12 +2041,11 @@ class Access:
         except ValueError as error:
             raise ConfigError("httpd: auth_realm: %s" % error, "auth_realm") from None
 
-    def refusal(self, headers: Mapping[str, str]) -> Optional[Refusal]:
+    def refusal(self, fields: Fields) -> Optional[Refusal]:
         """What the fields of a request are refused with (RFC 9110, 7.4 and 11.6.2)."""
-        host = headers.get("host")
-        if self.hosts and host is not None and bare_host(host) not in self.hosts:
+        if self.hosts and fields.host and bare_host(fields.host) not in self.hosts:
             return Refusal(421, "this host is not served here, see allowed_hosts")
-        if self.wanted and not self._knows(headers.get("authorization", "")):
+        if self.wanted and not self._knows(fields.headers.get("authorization", "")):
             return self.challenge
         return None
 
@@ -2209,7 +2223,7 @@ class Heads:
         if head.scheme not in ("", self.scheme):
             raise HTTPError(421, "%s is not served here" % head.scheme)
         if self.access.judges:
-            head = head._replace(refusal=self.access.refusal(head.fields.headers))
+            head = head._replace(refusal=self.access.refusal(head.fields))
         # These are judged every time: whether a method is known may depend on who has the root.
         if head.fields.expect or head.method not in known_methods:
             return head
@@ -2615,8 +2629,7 @@ def is_for_localhost(head: Head, connection: Connection) -> bool:
 
     Behind a proxy, and where allowed_hosts is set, that says which names are good.
     """
-    host = head.fields.headers.get("host", "localhost")
-    if LOCAL_HOST.fullmatch(host) or not connection.server.access.names_all:
+    if names_localhost[head.fields.host] or not connection.server.access.names_all:
         return True
     address, _ = plain_address(connection.sock.getsockname())
     return not LOCAL_HOST.fullmatch("[%s]" % address if ":" in address else address)
@@ -5265,6 +5278,7 @@ NUMBERS = {int: _INT, "int": _INT, float: _FLOAT, "float": _FLOAT}
 STARTED = time.time()
 MI_BATCH = 100                          # calls in one batch
 PARSE_ERROR = "Parse error"
+MI_TYPES = (JSON, "text/xml")           # the second for old clients
 NOTE_SIZE = 200                         # characters of their names that the access log is told
 ODD = re.compile("[^A-Za-z0-9_.:-]")    # in the name of a command
 
@@ -5493,13 +5507,18 @@ class Batch:
         return "[%s]" % ",".join(members)
 
 
-def is_own_origin(request: Request) -> bool:
+def is_from_own_page(request: Request) -> bool:
     """Whether the page that sends a request comes from this server (RFC 6454, 4).
 
     A proxy may have taken TLS off: https of the same host name is this server too.
     """
+    headers = request.headers
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return False
+    if "origin" not in headers:
+        return True
     try:
-        origin = urlsplit(request.headers["origin"])
+        origin = urlsplit(headers["origin"])
         own = urlsplit("//" + request.host)
         theirs, ours = DEFAULT_PORTS[origin.scheme], DEFAULT_PORTS[request.scheme]
         same_port = (origin.port or theirs) == (own.port or ours)
@@ -5511,12 +5530,10 @@ def is_own_origin(request: Request) -> bool:
 
 
 def check_mi_request(request: Request) -> None:
-    """Two fields keep the pages of other web sites from posting commands."""
-    if request.media_type not in (JSON, "text/xml"):
+    """The type, and the page, keep other web sites from posting commands."""
+    if request.media_type not in MI_TYPES:
         raise HTTPError(415, "the Content-Type must be application/json")
-    headers = request.headers
-    foreign = "origin" in headers and not is_own_origin(request)
-    if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    if request.from_page and not is_from_own_page(request):
         raise HTTPError(403, "pages of another origin may not send commands")
 
 

@@ -2715,8 +2715,9 @@ class Response:
         self.status = status
         self.size = size            # bytes of content
         self.begun = begun          # when the head was there, on the clock of time.monotonic()
-        self.seconds = 0.0          # from then to its end
-        self.whole = False          # all of it has left; False: it is cut
+        # Set at its end: seconds from then to now, and whether all of it has left, or it is cut.
+        self.seconds: float
+        self.whole: bool
         self._connection = connection
 
     @property
@@ -3087,10 +3088,8 @@ class Connection:
             for observer in told:
                 try:
                     observer(response)
-                except KeyboardInterrupt:
-                    raise
-                except BaseException:
-                    log.exception("an observer failed")
+                except BaseException as error:
+                    survive("an observer", error)
 
     def close(self, cut: bool = False, reset: bool = False) -> bool:
         """Give all back at once. `cut`: without close_notify, so that TLS shows a broken end.

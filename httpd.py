@@ -181,10 +181,28 @@ def check_address(text: str) -> None:
     """Names are not looked up: that could stall the start, or differ the next time."""
     if text in ("", "*"):
         return
+    if text.startswith("unix:"):
+        check_socket_path(text[5:])
+        return
+    address, percent, zone = text.partition("%")
+    family = socket.AF_INET
+    if ":" in address:
+        family = socket.AF_INET6
     try:
-        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        if percent and (family == socket.AF_INET or not zone):
+            raise ValueError(zone)
+        socket.inet_pton(family, address)
     except (OSError, ValueError):
-        raise ValueError("must be an IPv4 or IPv6 address, or empty or * for all of them") from None
+        raise ValueError("must be an IPv4 or IPv6 address, unix:/PATH, or empty or * for all "
+                         "addresses") from None
+
+
+def check_socket_path(path: str) -> None:
+    """unix(7): sun_path has 108 bytes, with a NUL behind a path and before an abstract name."""
+    if not path.startswith(("/", "@")) or len(path) < 2 or "\0" in path:
+        raise ValueError("must be unix:/PATH, or unix:@NAME")
+    if len(os.fsencode(path)) > 107:
+        raise ValueError("must have at most 107 bytes behind unix:")
 
 
 def check_root(text: str) -> None:
@@ -201,7 +219,8 @@ checks: dict[str, Callable[[str], object]] = {
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "httpd": (
         Parameter("ip", "",
-                  "address to listen on; empty or *: every address of the machine", kind="address"),
+                  "address to listen on, or unix:/PATH; empty or *: every address of the machine",
+                  kind="address"),
         Parameter("port", 8888, "port to listen on; 0: any free one", 1024, 65535, zero=True),
         Parameter("memory_budget", 4 * 2**20,
                   "bytes of memory for all connections together", 2**17, 2**40),
@@ -951,6 +970,13 @@ class FormFile(NamedTuple):
             self.filename, self.content_type, len(self.content))
 
 
+class PeerCred(NamedTuple):
+    """Who was at the other end of a unix socket when it was connected."""
+    pid: int
+    uid: int
+    gid: int
+
+
 class ClientCert(NamedTuple):
     """Who the client is, by a certificate that tls_ca_file vouches for."""
     subject: str            # such as CN=alice,O=Example
@@ -1032,8 +1058,14 @@ def parse_form(request: Request) -> dict[str, list[Any]]:
     return form
 
 
+# What stands for an address where there is none.
+UNIX = "unix"
+
+
 def plain_address(address: Any) -> tuple[str, int]:
     """Host and port. An IPv4 peer of an IPv6 socket is an IPv4 peer."""
+    if not isinstance(address, tuple):          # of a unix socket: mostly empty
+        return UNIX, 0
     host, port = address[:2]
     return re.sub(r"^::ffff:(?=.*\.)", "", host), port
 
@@ -1169,6 +1201,15 @@ class Request:
         if not found:                       # it was not asked for
             return None
         return ClientCert(describe_subject(found["subject"]), found["serialNumber"])
+
+    @property
+    def peer_cred(self) -> Optional[PeerCred]:
+        """The process that has connected, as the kernel says; None but on a unix socket."""
+        sock = self._connection.sock
+        if sock.family != socket.AF_UNIX:
+            return None
+        ids = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return PeerCred(*memoryview(ids).cast("i"))
 
     @property
     def closed(self) -> bool:
@@ -2070,7 +2111,7 @@ class Access:
         return known
 
     def _look_up(self, address: str) -> bool:
-        if address == "unix":
+        if address == UNIX:
             return "unix:" in self.proxies
         import ipaddress
         found = ipaddress.ip_address(address.partition("%")[0])
@@ -2092,8 +2133,8 @@ class Access:
         return client
 
     def enter(self, address: str) -> bool:
-        """Count a connection; False: there are too many of this address."""
-        if self.proxies and self.is_proxy(address):
+        """Count a connection; False: there are too many of this address. A unix socket has none."""
+        if address == UNIX or self.proxies and self.is_proxy(address):
             return True
         key = network_of(address)
         self.connections[key] = self.connections.get(key, 0) + 1
@@ -2616,7 +2657,15 @@ NO_ROOT = Root("", "httpd", {}, "")
 
 
 def bytes_acked(sock: socket.socket) -> int:
-    """The bytes that the client's system has acknowledged; sent is not yet taken."""
+    """The bytes that the client's system has acknowledged; sent is not yet taken.
+
+    Of a unix socket less those that its reader has not taken: it grows from one send() to the next.
+    """
+    if sock.family == socket.AF_UNIX:
+        from fcntl import ioctl
+        from termios import TIOCOUTQ
+        unread = ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return -int.from_bytes(unread, sys.byteorder)
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         return int.from_bytes(info[120:128], sys.byteorder)    # tcpi_bytes_acked of linux/tcp.h
@@ -3379,6 +3428,8 @@ class Connection:
         if self.out is NOTHING:
             return
         server = self.server
+        if self.sock.family == socket.AF_UNIX:      # it has taken some, or all this is new
+            self.deadline = server.now + server.keep_alive
         if self.state is let_others:            # its turn comes when this has left
             self.state = after_others(self)
         if len(self.out) > server.room.spare():
@@ -3766,7 +3817,7 @@ def credit(connection: Connection) -> None:
     """Once a second: what the client has acknowledged earns time, a second for each 500 bytes."""
     if connection.interest == WRITE and connection.is_sending():
         acked = bytes_acked(connection.sock)
-        earned = (acked - connection.acked) / LEAST_RATE
+        earned = max(0, acked - connection.acked) / LEAST_RATE
         connection.deadline = min(
             connection.deadline + earned, connection.server.now + connection.server.keep_alive)
         connection.acked = acked
@@ -3852,42 +3903,109 @@ LISTEN_HINTS = {
 }
 
 
-def listen(ip: str, port: int) -> socket.socket:
+def listen_tcp(ip: str, port: int) -> socket.socket:
     """A listening socket; for the empty ip one for IPv6 and IPv4. OSError names the address."""
     every = ip in ("", "*")
     family = socket.AF_INET
     if ":" in ip or every and socket.has_ipv6:
         family = socket.AF_INET6
+    address: tuple[Any, ...] = ("" if every else ip, port)
+    if "%" in ip:                       # given as a text it would be looked up
+        address = (ip.partition("%")[0], port, 0, index_of_zone(ip))
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # the accepted sockets inherit it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
-        listener.bind(("" if every else ip, port))
+        listener.bind(address)
         listener.listen(socket.SOMAXCONN)
     except OSError as error:
         listener.close()
         if every and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return listen("0.0.0.0", port)  # a kernel without IPv6
+            return listen_tcp("0.0.0.0", port)      # a kernel without IPv6
         hint = LISTEN_HINTS.get(error.errno or 0, "")
         raise OSError(
             error.errno,
             "cannot listen on %s port %d: %s%s" % (ip or "*", port, error.strerror, hint)
         ) from None
-    listener.setblocking(False)
     return listener
 
 
-class Listener:
-    """The listening socket, and whether it is watched."""
+def index_of_zone(ip: str) -> int:
+    zone = ip.partition("%")[2]
+    try:
+        return socket.if_nametoindex(zone)
+    except OSError:
+        raise ConfigError("httpd: ip: this machine has no interface %s" % zone, "ip") from None
 
-    def __init__(self, ip: str, port: int) -> None:
-        self.sock = listen(ip, port)
-        self.address: tuple[str, int] = self.sock.getsockname()[:2]
+
+def has_died(path: str) -> bool:
+    """Whether nobody listens on the socket of this path any more. OSError: it is something else."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)        # a full queue is a sign of life, too
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return stat.S_ISSOCK(os.lstat(path).st_mode)    # any file refuses
+        except BlockingIOError:
+            pass
+        return False
+
+
+def listen_unix(path: str) -> socket.socket:
+    """The socket of a path, or of an abstract name, which begins with an @. ConfigError."""
+    address = path
+    if path.startswith("@"):
+        address = "\0" + path[1:]
+        log.warning("everybody on this machine may connect to unix:%s: it has no permissions", path)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.lexists(address) and has_died(address):
+            os.unlink(address)
+        listener.bind(address)
+        if address is path:             # before listen() nobody can connect
+            os.chmod(path, 0o660)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        text = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            text = "another program listens there, or it is no socket: choose another path"
+        raise ConfigError(
+            "httpd: ip: cannot listen on unix:%s: %s" % (path, text), "ip") from None
+    return listener
+
+
+def identity(path: str) -> Optional[tuple[int, int]]:
+    """Which file a path means."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+class Listener:
+    """A listening socket, and whether it is watched. Processes may share the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.address: tuple[str, int] = ("", 0)
+        self.path = ""                          # what is to be removed when this process closes it
         self.watched = False
+        self.pid = os.getpid()
+        if sock.family == socket.AF_UNIX:
+            name: Any = sock.getsockname()
+            self.address = ("unix:" + os.fsdecode(name).replace("\0", "@", 1), 0)
+            if not self.address[0].startswith("unix:@"):
+                self.path = self.address[0][5:]
+            self.identity = identity(self.path)
+        else:
+            self.address = sock.getsockname()[:2]
+            # the accepted sockets inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         # What accept() does, without its layer of Python: 2 us of 24 that a connection costs.
         # Private: if it is not there, accept() does.
         self._accept = getattr(self.sock, "_accept", None)
@@ -3902,7 +4020,22 @@ class Listener:
             family, kind = int(self.sock.family), int(socket.SOCK_STREAM)
             sock = socket.SocketType(family, kind, 0, descriptor)
         sock.setblocking(False)
-        return sock, peer
+        return sock, peer or UNIX
+
+    def close(self) -> None:
+        """The file of a unix socket goes too, if it is still ours."""
+        self.sock.close()
+        if self.path and self.pid == os.getpid() and identity(self.path) == self.identity:
+            with suppress(OSError):
+                os.unlink(self.path)
+        self.path = ""
+
+
+def listen(ip: str, port: int) -> Listener:
+    """Listen on an address, with its port, or on a unix socket. OSError or ConfigError."""
+    if ip.startswith("unix:"):
+        return Listener(listen_unix(ip[5:]))
+    return Listener(listen_tcp(ip, port))
 
 
 def descriptor_of(file: Any) -> int:
@@ -3972,12 +4105,12 @@ companions: list[Callable[[Server], Optional[Companion]]] = []
 class Loop:
     """What a server waits with: made when it listens, dropped whole. It crosses no fork."""
 
-    def __init__(self, ip: str, port: int) -> None:
+    def __init__(self, listener: Listener) -> None:
         if not hasattr(select, "epoll"):
             raise RuntimeError(
                 "select.epoll is missing: gevent's monkey.patch_all() takes it away, unless it "
                 "is called with select=False; and httpd.py needs Linux")
-        self.listener = Listener(ip, port)
+        self.listener = listener
         self.mailbox = Mailbox()
         self.pid = os.getpid()
         self.selector = selectors.EpollSelector()
@@ -4066,7 +4199,7 @@ class Loop:
 
     def stop_listening(self, callback: Callable[[], None]) -> None:
         self.set_accepting(False, callback)
-        self.listener.sock.close()
+        self.listener.close()
 
     def serve_greedy(self) -> None:
         """Answer more to those who have sent much, for a while."""
@@ -4087,7 +4220,7 @@ class Loop:
         for sock in self.closing:
             sock.close()
         mailbox = self.mailbox
-        for file in (self.listener.sock, mailbox.bell, mailbox.button, self.hang_ups, self.poll,
+        for file in (self.listener, mailbox.bell, mailbox.button, self.hang_ups, self.poll,
                      self.selector):
             file.close()
 
@@ -4241,7 +4374,8 @@ def warn_of_open_roots(params: Limits) -> None:
     """Tell the operator what everybody may do."""
     open_roots = ["/" + root.name for root in roots.values() if root.management]
     guarded = params.auth_username or params.tls_ca_file or LOCAL_HOST.fullmatch(params.ip)
-    if open_roots and not guarded and params.ip != "::1":
+    closed_off = params.ip == "::1" or params.ip.startswith("unix:/")
+    if open_roots and not guarded and not closed_off:
         log.warning("whoever reaches %s may give orders: set ip = 127.0.0.1, or auth_username and "
                     "auth_password, or tls_ca_file", " ".join(open_roots))
 
@@ -4273,7 +4407,7 @@ def turn_away(connection: Connection, full: str) -> None:
 
 def listen_with(server: Server) -> Loop:
     """A loop for the server, and what accompanies it. OSError or ConfigError: it cannot be."""
-    loop = Loop(server.params.ip, server.params.port)
+    loop = Loop(server.bind())
     try:
         for begin in companions:
             companion = begin(server)
@@ -4301,8 +4435,8 @@ class Server:
     """
     __slots__ = (
         "params", "transport", "access", "heads", "responses", "connections", "room", "counters",
-        "disk", "turned_away", "keep_alive", "now", "stopping", "services",
-        "_loop", "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
+        "disk", "turned_away", "keep_alive", "now", "stopping", "services", "_loop", "_listener",
+        "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
 
     # Of this process: bytes held, requests answered, connections accepted.
     held = property(lambda self: self.room.held)
@@ -4330,7 +4464,8 @@ class Server:
         self.stopping = False                   # every answer closes its connection
         self.services: list[tuple[Service, Any]] = []       # that it runs, and what ends each
         self._loop: Optional[Loop] = None       # while it listens
-        self._address: Optional[tuple[str, int]] = None
+        self._listener: Optional[Listener] = None
+        self._address: Optional[tuple[str, int]] = None     # of it
         self._thread: Optional[threading.Thread] = None     # that start() has made
         self._life = threading.RLock()          # who claims the loop, and when it ends
         self._ended = threading.Event()
@@ -4482,14 +4617,25 @@ class Server:
     def url(self) -> str:
         """Where a client on this machine finds it, such as http://127.0.0.1:8888."""
         host, port = self._where()
+        if host.startswith("unix:"):
+            return host
         if host in ("::", "0.0.0.0"):
             host = "127.0.0.1"
         elif ":" in host:
-            host = "[%s]" % host
+            host = "[%s]" % host.replace("%", "%25")        # RFC 6874, 2
         return "%s://%s:%d" % (self.transport.scheme, host, port)
 
+    def bind(self) -> Listener:
+        """Have the address, and open nothing else yet. OSError or ConfigError."""
+        with self._life:
+            if self._listener is None:
+                self._listener = listen(self.params.ip, self.params.port)
+                self._address = self._listener.address
+            return self._listener
+
     def _where(self) -> tuple[str, int]:
-        self._open()
+        if self._address is None:
+            self._open()
         if self._address is None:
             raise RuntimeError("the server was stopped before it has listened: it has no address")
         return self._address
@@ -4548,7 +4694,6 @@ class Server:
         with self._life:                        # the first call may come from two threads
             if self._loop is None and not self._ended.is_set():
                 self._loop = loop = listen_with(self)
-                self._address = loop.listener.address
                 loop.set_accepting(True, self._accept)
             return self._loop
 

@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -308,6 +309,16 @@ MODPARAM_ROWS = [
     ("ip", "localhost", "ip must be an IPv4 or IPv6 address", "a name is no address"),
     ("ip", "127.1", "must be an IPv4 or IPv6 address", "nor is half an address"),
     ("ip", 127, "ip must be text", "a number is no text"),
+    ("ip", "fe80::1%eth0", "fe80::1%eth0", "RFC 4007, 11: an address with a zone"),
+    ("ip", "fe80::1%", "must be an IPv4 or IPv6 address", "a zone without a name"),
+    ("ip", "127.0.0.1%lo", "must be an IPv4 or IPv6 address", "IPv4 has no zones"),
+    ("ip", "unix:/run/x", "unix:/run/x", "a unix socket"),
+    ("ip", "unix:@x", "unix:@x", "one of the abstract namespace"),
+    ("ip", "unix:run/x", "ip must be unix:/PATH, or unix:@NAME", "a relative path would depend on the directory"),
+    ("ip", "unix:@", "ip must be unix:/PATH, or unix:@NAME", "a socket without a name"),
+    ("ip", "unix:/a\0b", "ip must be unix:/PATH, or unix:@NAME", "NUL would end the path"),
+    ("ip", "unix:/" + 106 * "x", "unix:/" + 106 * "x", "unix(7): 107 bytes and a NUL"),
+    ("ip", "unix:/" + 53 * "\xe4" + "x", "must have at most 107 bytes behind unix:", "bytes are counted"),
     ("prot", 1, 'httpd: unknown parameter "prot", did you mean "port"?', "a typing error"),
     ("zzzzzz", 1, 'httpd: unknown parameter "zzzzzz"', "nothing near"),
     ("tls_cert_file", pathlib.Path("/x"), "/x", "a path object"),
@@ -1863,12 +1874,13 @@ def test_a_network_of_ipv6_counts_as_one():
 @table("values, warned", [
     (dict(ip="0.0.0.0"), True, "open to everybody"),
     (dict(ip="127.0.0.1"), False, "loopback"),
+    (dict(ip="unix:@httpd-test-%d" % os.getpid()), True, "anybody on the machine"),
     (dict(ip="0.0.0.0", auth_username="a", auth_password="b"), False, "a password"),
 ])
 def test_an_open_management_interface_is_warned_of(values, warned, caplog):
     httpd.loadmodule("mi_http")
     server = httpd.Server(port=0, **values)
-    assert server.port
+    assert server.url
     assert ("whoever reaches /mi may give orders: set ip = 127.0.0.1" in caplog.text) == warned
     server.stop(0)
 
@@ -3631,6 +3643,129 @@ def test_no_name_is_ever_looked_up(server, monkeypatch):
     for name in ("getaddrinfo", "gethostbyaddr", "getnameinfo", "getfqdn", "gethostbyname", "gethostbyname_ex"):
         monkeypatch.setattr(socket, name, lambda *_: pytest.fail("a look-up"))
     assert exchange(server, get())[0].startswith(b"HTTP/1.1 200")
+
+
+# Unix sockets
+
+
+@pytest.fixture
+def unix(tmp_path):
+    """The path of a server's unix socket."""
+    return str(tmp_path / "s")
+
+
+def connect_unix(path):
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    client.connect(path)
+    return client
+
+
+def tell_peer(request, page):
+    json.dump([request.client, request.server, request.peer_cred], page)
+
+
+@table("values, client", [
+    ({}, ["unix", 0], "no address, no port"),
+    ({"max_connections_per_ip": 1}, ["unix", 0], "there is no address to count by"),
+    ({"trusted_proxies": "unix:"}, ["192.0.2.7", 0], "a proxy on the machine speaks for others"),
+    ({"trusted_proxies": "127.0.0.1"}, ["unix", 0], "another proxy is not this one"),
+])
+def test_who_is_at_the_other_end_of_a_unix_socket(unix, values, client):
+    httpd.register_httpdcb("test", "h", tell_peer)
+    with httpd.Server(**{**LOCAL, "ip": "unix:" + unix}, **values) as server:
+        assert (server.url, server.port) == ("unix:" + unix, 0)
+        with connect_unix(unix), connect_unix(unix) as second:
+            second.sendall(get(b"/h", b"X-Forwarded-For: 192.0.2.7"))
+            found = answers(read_some(second))[0].json()
+        assert found == [client, ["unix", 0], [os.getpid(), os.getuid(), os.getgid()]]
+        assert stat.S_IMODE(os.stat(unix).st_mode) == 0o660
+    assert not os.path.exists(unix)
+
+
+def read_some(client):
+    data = b""
+    while not is_due(data, 1):
+        data += client.recv(1 << 20)
+    return data
+
+
+def test_tcp_has_no_peer_cred(server):
+    httpd.register_httpdcb("test", "h", tell_peer)
+    assert answers(exchange(server, get(b"/h"))[0])[0].json()[2] is None
+
+
+def test_an_abstract_unix_socket_is_warned_of(caplog):
+    name = "httpd-test-%d" % os.getpid()
+    httpd.register_httpdcb("test", "echo", echo)
+    with httpd.Server(port=0, ip="unix:@" + name) as server:
+        assert server.url == "unix:@" + name
+        assert "everybody on this machine may connect to unix:@" + name in caplog.text
+        with connect_unix("\0" + name) as client:
+            client.sendall(get())
+            assert answers(read_some(client))[0].status == 200
+
+
+def test_a_large_answer_to_a_unix_socket_at_the_readers_pace(unix):
+    """What the reader takes earns time: nobody acknowledges bytes there. Many times the whole of conn_timeout."""
+    httpd.register_httpdcb("test", "large", large)
+    with httpd.Server(port=0, ip="unix:" + unix, conn_timeout=1) as server, connect_unix(unix) as client:
+        client.sendall(get(b"/large"))
+        size, limit = 0, time.monotonic() + 2.4
+        while time.monotonic() < limit:
+            time.sleep(0.02)
+            size += len(client.recv(1000))
+        client.shutdown(socket.SHUT_WR)
+        while more := client.recv(1 << 20):
+            size += len(more)
+        assert size > 1000000
+        assert server.counters.row[httpd.OUTPUT_TIMEOUTS] == 0
+
+
+def leave_socket(path):
+    """What a server leaves that was killed."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+        dead.listen(1)
+
+
+def test_the_socket_of_a_dead_server_is_replaced_and_a_live_ones_refused(unix):
+    leave_socket(unix)
+    with httpd.Server(port=0, ip="unix:" + unix), pytest.raises(httpd.ConfigError, match="another program listens"):
+        httpd.Server(port=0, ip="unix:" + unix).start()
+    with socket.socket(socket.AF_UNIX) as full:
+        full.bind(unix)
+        full.listen(0)
+        with connect_unix(unix), pytest.raises(httpd.ConfigError, match="another program listens"):
+            httpd.Server(port=0, ip="unix:" + unix).start()
+        assert os.path.exists(unix)
+
+
+def test_only_the_own_socket_is_removed_at_the_end(unix):
+    with httpd.Server(port=0, ip="unix:" + unix):
+        os.unlink(unix)
+        leave_socket(unix)
+    assert os.path.exists(unix)
+
+
+@table("make, message", [
+    (lambda path: open(path, "w").close(), "another program listens there, or it is no socket", "a file is kept"),
+    (lambda path: os.mkdir(path), "another program listens there, or it is no socket", "a directory too"),
+    (lambda path: os.rmdir(os.path.dirname(path)), "No such file or directory", "no directory"),
+])
+def test_what_is_no_place_for_a_unix_socket(tmp_path, make, message):
+    (tmp_path / "d").mkdir()
+    path = str(tmp_path / "d" / "s")
+    make(path)
+    before = os.path.exists(path)
+    with pytest.raises(httpd.ConfigError, match="httpd: ip: cannot listen on unix:.*" + message):
+        httpd.Server(port=0, ip="unix:" + path).start()
+    assert os.path.exists(path) == before
+
+
+def test_a_zone_that_is_none(server):
+    with pytest.raises(httpd.ConfigError, match="httpd: ip: this machine has no interface nowhere0"):
+        httpd.Server(port=0, ip="fe80::1%nowhere0").start()
 
 
 # Deadlines
@@ -7374,6 +7509,9 @@ COMMAND_ROWS = [
     (["taken.cfg"], 1,
      r"taken\.cfg:3: httpd: cannot listen on 127\.0\.0\.1 port \d+: Address already in use: end the program .*\n",
      "a port in use"),
+    (["away.cfg", "-o", "ip=unix:/nowhere/s"], 1,
+     r"-o ip=unix:/nowhere/s: httpd: ip: cannot listen on unix:/nowhere/s: No such file or directory\n",
+     "no directory for a unix socket"),
     (["away.cfg"], 1, r"away\.cfg: httpd: cannot listen on 192\.0\.2\.1 port .*: set ip to an address of .*\n",
      "an address of another machine"),
     (["good.cfg", "-o", "tls_ca_file"], 2, r"(?s)usage: .*-o tls_ca_file: write -o NAME=VALUE\n", "-o without ="),

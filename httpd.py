@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     import argparse
     import inspect
     import ssl
+    import subprocess
 
 __version__ = "0.1"
 __all__ = [
@@ -267,6 +268,11 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
                   "host names that a request may be for, others: 421; empty or *: any"),
         Parameter("trusted_proxies", "",
                   "addresses and networks whose X-Forwarded-For, -Proto and -Host are believed"),
+        Parameter("workers", 1,
+                  "processes that share the address, by run(); 0: one for each core", 0, 64),
+        Parameter("worker_timeout", 0.0,
+                  "seconds after which a worker that is stuck is killed and replaced; 0: never", 1,
+                  zero=True),
         Parameter("grace_timeout", 10.0,
                   "seconds that requests under way get to finish when the server is stopped"),
         Parameter("access_log", "",
@@ -379,6 +385,8 @@ class Limits:
     auth_password: str
     allowed_hosts: str
     trusted_proxies: str
+    workers: int
+    worker_timeout: float
     grace_timeout: float
     access_log: str
     access_log_format: str
@@ -2465,6 +2473,9 @@ CLOSING = CELLS.index("connections_closing")
 HELD_BYTES = CELLS.index("held_bytes")
 BUDGET_BYTES = CELLS.index("budget_bytes")
 SLOTS_USED = len(CELLS)
+# Then, of each process, for the others: its number, when it has turned its loop in milliseconds of
+# time.monotonic(), and the connections that it has just now.
+PROCESS, ALIVE, TAKEN = range(SLOTS_USED + 1, SLOTS_USED + 4)
 
 # Upper bounds of a slot's buckets, in seconds; one more bucket takes the rest.
 BUCKET_BOUNDS = (
@@ -4102,6 +4113,16 @@ class Companion(Protocol):
 companions: list[Callable[[Server], Optional[Companion]]] = []
 
 
+class Sharing(Protocol):
+    """How a process takes its part of the connections to a listener that others have too."""
+
+    def wait_last(self, loop: Loop) -> None:
+        """The listener is watched from now on: who waits already comes first."""
+
+    def look(self) -> None:
+        """Connections have been taken in, or have ended."""
+
+
 class Loop:
     """What a server waits with: made when it listens, dropped whole. It crosses no fork."""
 
@@ -4128,6 +4149,7 @@ class Loop:
         self.ready = False                      # the init_proc_cb's have run,
         self.failure: Optional[BaseException] = None        # or one has failed
         self.companions: list[Companion] = []
+        self.sharing: Optional[Sharing] = None      # with other processes
         self.add(self.mailbox.bell, READ, self.mailbox.answer)
         self.add(self.hang_ups.fileno(), READ, self._tell_of_ends)
 
@@ -4193,6 +4215,8 @@ class Loop:
             except OSError as error:            # the system's limit of watches: again in a second
                 log.error("nobody is taken in for a second: %s", error)
                 return
+            if self.sharing is not None:
+                self.sharing.wait_last(self)
         else:
             self.remove(listener.sock)
         listener.watched = wanted
@@ -4408,6 +4432,7 @@ def turn_away(connection: Connection, full: str) -> None:
 def listen_with(server: Server) -> Loop:
     """A loop for the server, and what accompanies it. OSError or ConfigError: it cannot be."""
     loop = Loop(server.bind())
+    loop.sharing = server.sharing
     try:
         for begin in companions:
             companion = begin(server)
@@ -4417,7 +4442,6 @@ def listen_with(server: Server) -> Loop:
         loop.close()
         raise
     servers.add(server)
-    warn_of_open_roots(server.params)
     return loop
 
 
@@ -4435,8 +4459,8 @@ class Server:
     """
     __slots__ = (
         "params", "transport", "access", "heads", "responses", "connections", "room", "counters",
-        "disk", "turned_away", "keep_alive", "now", "stopping", "services", "_loop", "_listener",
-        "_address", "_thread", "_life", "_ended", "_stop_at", "_next_tick")
+        "disk", "turned_away", "keep_alive", "now", "stopping", "services", "sharing", "_loop",
+        "_listener", "_address", "_thread", "_life", "_ended", "_stop_at", "_kept", "_next_tick")
 
     # Of this process: bytes held, requests answered, connections accepted.
     held = property(lambda self: self.room.held)
@@ -4469,7 +4493,9 @@ class Server:
         self._thread: Optional[threading.Thread] = None     # that start() has made
         self._life = threading.RLock()          # who claims the loop, and when it ends
         self._ended = threading.Event()
+        self.sharing: Optional[Sharing] = None  # of the listener, with other processes
         self._stop_at = math.inf                # when the grace of stop() ends
+        self._kept = 0.0                        # seconds that kept connections get in it
         self._next_tick = 0.0                   # when to look at deadlines
 
     @property
@@ -4525,16 +4551,19 @@ class Server:
         if not loop.ready:
             raise RuntimeError("the start failed: %s" % loop.failure) from loop.failure
 
-    def stop(self, grace: Optional[float] = None, wait: bool = True) -> None:
+    def stop(self, grace: Optional[float] = None, wait: bool = True, kept: float = 0.0) -> None:
         """Stop listening, let requests finish for at most `grace` seconds (grace_timeout), close.
 
         It returns when that is done; from a handler, or without `wait`, at once: then whoever runs
-        the server goes on until it is. It may be repeated; the shortest grace counts.
+        the server goes on until it is. It may be repeated; the shortest grace counts. `kept`:
+        seconds that idle connections get for one more request, since another process has the
+        listener.
         """
         seconds = self.params.grace_timeout if grace is None else grace
         me = threading.get_ident()
         with self._life:
-            self._stop_at = min(self._stop_at, time.monotonic() + seconds)
+            self._stop_at = min(self._stop_at, time.monotonic() + seconds + kept)
+            self._kept = kept
             loop, thread = self._loop, self._thread
             if loop is None:                                # it never has listened, or it has ended
                 self._ended.set()
@@ -4625,12 +4654,16 @@ class Server:
             host = "[%s]" % host.replace("%", "%25")        # RFC 6874, 2
         return "%s://%s:%d" % (self.transport.scheme, host, port)
 
-    def bind(self) -> Listener:
-        """Have the address, and open nothing else yet. OSError or ConfigError."""
+    def bind(self, listener: Optional[Listener] = None) -> Listener:
+        """Have the address, or take over a listener, and open nothing else yet.
+
+        OSError or ConfigError.
+        """
         with self._life:
             if self._listener is None:
-                self._listener = listen(self.params.ip, self.params.port)
+                self._listener = listener or listen(self.params.ip, self.params.port)
                 self._address = self._listener.address
+                warn_of_open_roots(self.params)
             return self._listener
 
     def _where(self) -> tuple[str, int]:
@@ -4771,7 +4804,7 @@ class Server:
                     log.error("nobody is taken in for a second: %s", error)
                     # the listener would be readable all the time
                     loop.set_accepting(False, self._accept)
-                return
+                break
             self.counters.row[ACCEPTED] += 1
             connection, before = Connection(self, sock, peer), self.requests
             full = find_full(connection)
@@ -4782,6 +4815,8 @@ class Server:
             connection.turn()
             if self.requests == before and connection.is_silent():
                 connection.deadline -= DEFER                # it has been silent for so long already
+        if loop.sharing is not None:
+            loop.sharing.look()
 
     def _begin_stop(self, loop: Loop) -> None:
         """What stop() asks for, in the thread that serves."""
@@ -4792,6 +4827,12 @@ class Server:
             before = self.accepted
             self._accept()
         loop.stop_listening(self._accept)
+        if self._kept:
+            self.call_later(self._kept, self._stop_connections)
+        else:
+            self._stop_connections()
+
+    def _stop_connections(self) -> None:
         for connection in list(self.connections):
             connection.stop()
 
@@ -5806,9 +5847,13 @@ def mi_uptime() -> dict[str, str]:
 
 
 def mi_ps() -> dict[str, list[dict[str, Any]]]:
-    urls = " ".join(server.url for server in servers)
-    process = {"ID": 0, "PID": os.getpid(), "Type": "HTTPD " + urls}
-    return {"Processes": [process]}
+    processes: list[dict[str, Any]] = []
+    for server in servers:
+        pids = [row[PROCESS] for row in server.counters.rows if row[PROCESS]]
+        for pid in pids or [os.getpid()]:
+            process = {"ID": len(processes), "PID": pid, "Type": "HTTPD " + server.url}
+            processes.append(process)
+    return {"Processes": processes}
 
 
 def load_mi_http(parameters: dict[str, Any]) -> None:
@@ -7317,7 +7362,17 @@ def register_wsgi(module: str, root_path: str, app: Application, *, threads: int
         methods=None, upload_limit="wsgi_body_size")
 
 
-# --------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------- Processes
+# Only here is forked, are signals handled, and is said to others that all is ready; only run() does
+# it. A parent that has workers serves nothing itself.
+
+LISTEN_FD = 3           # where a socket is handed over, sd_listen_fds(3)
+KEPT_TIME = 3.0         # seconds that kept connections get after a restart, for one more request
+BEAT = 1.0              # seconds between two signs of life of a worker,
+LATE = 3.0              # and without one until it is spoken of
+LEAST_PART = 4          # connections that a worker may always have
+ASIDE = 0.001           # seconds that it leaves new ones to others, if it has more than its part
+
 
 def say(text: str, to_stderr: bool) -> None:
     """Print, if anybody reads it: that is no reason not to serve."""
@@ -7331,47 +7386,469 @@ def say(text: str, to_stderr: bool) -> None:
             sys.stdout = open(os.devnull, "w")
 
 
-def run(**parameters: Any) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload().
+# The program of a new process, before it becomes ours: it has the number that LISTEN_PID wants.
+HAND_OVER = """
+import fcntl, os, sys
+sock, ready = [fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3]]
+os.closerange(3, 10)
+os.dup2(sock, 3)
+os.close(sock)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", HTTPD_READY_FD=str(ready))
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
 
-    Main thread. ConfigError, or OSError if it cannot listen.
+
+class Environment(NamedTuple):
+    """What a supervisor says to this process, and not to those that it starts."""
+    notify: str             # the address of systemd's socket; empty: nobody listens
+    watchdog: float         # seconds in which it wants a sign of life; 0: none
+    listener: Optional[socket.socket]
+    ready: int              # descriptor, for the process that this one replaces; -1: none
+
+
+def take_environment() -> Environment:
+    """ConfigError if what is handed over is no listener."""
+    take = functools.partial(os.environ.pop)
+    count, pid = take("LISTEN_FDS", "0"), take("LISTEN_PID", "")
+    take("LISTEN_FDNAMES", "")
+    listener = None
+    if count != "0":
+        if pid != str(os.getpid()):
+            raise ConfigError("httpd: the socket that is handed over is for process %s: start this "
+                              "one with exec" % pid, "ip")
+        if count != "1":
+            raise ConfigError("httpd: %s sockets are handed over, and one is wanted" % count, "ip")
+        os.set_inheritable(LISTEN_FD, False)
+        listener = socket.socket(fileno=LISTEN_FD)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError("httpd: the socket that is handed over does not listen", "ip")
+    ready = int(take("HTTPD_READY_FD", "-1"))
+    if ready >= 0:
+        os.set_inheritable(ready, False)
+    watchdog = int(take("WATCHDOG_USEC", "0")) / 1e6
+    return Environment(take("NOTIFY_SOCKET", ""), watchdog, listener, ready)
+
+
+def notify(address: str, text: str) -> None:
+    """Tell systemd, if it listens (sd_notify(3))."""
+    if address:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), re.sub("^@", "\0", address))
+
+
+class Part:
+    """A worker's part of the connections.
+
+    Of those that wait for a connection EPOLLEXCLUSIVE wakes the first one, so each goes to the end
+    after it has taken some in. Who has more than an eighth over his part leaves them to others for
+    a moment; never before he has taken one: nobody else would be woken for that.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def wait_last(self, loop: Loop) -> None:
+        descriptor = loop.listener.sock.fileno()
+        loop.poll.unregister(descriptor)
+        loop.poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
+    def look(self) -> None:
+        server = self.server
+        counters, loop = server.counters, server.loop
+        mine = counters.row[TAKEN] = len(server.connections)
+        if not loop.listener.watched:
+            return
+        late = int((time.monotonic() - 1.5 * BEAT) * 1000)     # who is stuck takes no part
+        others = [row[TAKEN] for row in counters.rows if row[ALIVE] > late]
+        if mine > LEAST_PART and (mine - 1) * len(others) > 1.125 * sum(others):
+            loop.set_accepting(False, server._accept)
+            server.call_later(ASIDE, functools.partial(loop.set_accepting, True, server._accept))
+        else:
+            self.wait_last(loop)
+
+
+class Worker:
+    """A process that serves, as its parent sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number            # of its row
+        self.pid = 0                    # 0: it does not run
+        self.ready = False
+        self.started = -math.inf        # on the clock of time.monotonic()
+        self.looks = 0                  # that have found it late, one after the other
+
+
+class Process:
+    """What run() does: a server with its signals, its supervisor and its successor."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.environment = take_environment()
+        self.directory = os.getcwd()
+        self.stops = 0                  # signals to stop so far
+        self.successor: Optional[subprocess.Popen[bytes]] = None
+        inherited = self.environment.listener
+        if inherited is not None:
+            listener = Listener(inherited)
+            if self.environment.ready < 0:      # of systemd: the file of a unix socket is its own
+                listener.path = ""
+            server.bind(listener)
+        server.bind()
+
+    def say_ready(self) -> None:
+        """To people, to systemd, and to the process that this one replaces."""
+        server = self.server
+        banner = "httpd.py %s listens on %s" % (__version__, server.url)
+        if server.params.ip in ("", "*"):
+            banner += " and every other address"
+        for root in roots.values():
+            banner += "\n  /%s  %s" % (root.name, root.module)
+        # lines of the log, and nothing else, go to stdout
+        say(banner, to_stderr=server.params.access_log == "-")
+        self.notify("READY=1\nMAINPID=%d\nSTATUS=%s" % (os.getpid(), server.url))
+        if self.environment.ready >= 0:
+            with suppress(OSError):
+                os.write(self.environment.ready, b"1")
+                os.close(self.environment.ready)
+
+    def notify(self, text: str) -> None:
+        notify(self.environment.notify, text)
+
+    def reload(self) -> bool:
+        now = time.monotonic() * 1e6
+        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % now)
+        done = self.server.reload()
+        self.notify("READY=1")
+        return done
+
+    def start_successor(self) -> int:
+        """Start the program anew, with the listener. The descriptor that tells when it is ready;
+        -1: it cannot be."""
+        if os.getpid() == 1:
+            log.error("no restart: this is process 1 of a container, and all would end with it")
+            return -1
+        if self.successor is not None:
+            log.error("no restart: one is under way")
+            return -1
+        import subprocess
+        reading, writing = os.pipe()
+        sock = self.server.bind().sock.fileno()
+        with open("/proc/self/cmdline", "rb") as file:
+            arguments = file.read().split(b"\0")[1:-1]
+        environment = {**os.environ, "NOTIFY_SOCKET": self.environment.notify,
+                       "WATCHDOG_USEC": "%d" % (self.environment.watchdog * 1e6)}
+        try:
+            self.successor = subprocess.Popen(
+                [sys.executable, "-c", HAND_OVER, str(sock), str(writing), *arguments],
+                env=environment, cwd=self.directory, pass_fds=(sock, writing))
+        except OSError as error:
+            log.error("no restart: %s", error)
+            os.close(reading)
+            return -1
+        finally:
+            os.close(writing)
+        return reading
+
+    def has_succeeded(self, reading: int) -> bool:
+        """What the successor says, once it has: ready, or nothing, since it has ended."""
+        said = os.read(reading, 1)
+        os.close(reading)
+        successor = self.successor
+        assert successor is not None
+        if not said:
+            status = successor.wait()
+            self.successor = None
+            log.error("no restart: the new process has ended with %d: this one goes on", status)
+            return False
+        self.notify("MAINPID=%d" % successor.pid)
+        self.server.bind().path = ""            # its file is the successor's
+        log.info("process %d has taken over", successor.pid)
+        successor.returncode = 0                # it is to outlive this one
+        return True
+
+
+def beat(process: Process) -> None:
+    """A sign of life: of a worker to its parent, of a process without workers to systemd."""
+    server = process.server
+    row = server.counters.row
+    row[PROCESS] = os.getpid()
+    row[ALIVE] = int(time.monotonic() * 1000)
+    row[TAKEN] = len(server.connections)
+    measure(server)
+    server.call_later(BEAT, functools.partial(beat, process))
+
+
+def keep_watchdog(process: Process) -> None:
+    """Tell systemd that this process does its work."""
+    process.notify("WATCHDOG=1")
+    seconds = process.environment.watchdog / 2
+    process.server.call_later(seconds, functools.partial(keep_watchdog, process))
+
+
+class Alone(Process):
+    """A process that serves by itself."""
+
+    def run(self) -> None:
+        server = self.server
+        initialize(server)              # before anybody is told that it serves
+        if self.environment.watchdog:
+            keep_watchdog(self)
+        self.say_ready()
+        freeze_collector()
+        server.run()
+
+    def stop(self, number: int, frame: Any) -> None:
+        self.notify("STOPPING=1")
+        self.server.stop(0 if self.stops else None)
+        self.stops += 1
+
+    def hang_up(self, number: int, frame: Any) -> None:
+        self.reload()
+
+    def restart(self, number: int, frame: Any) -> None:
+        self.server.call_later(0, self.begin_restart)
+        self.server.loop.mailbox.ring()
+
+    def begin_restart(self) -> None:
+        reading = self.start_successor()
+        if reading >= 0:
+            watch: Watch = self.server.watch(reading, lambda: self.end_restart(watch, reading))
+
+    def end_restart(self, watch: Watch, reading: int) -> None:
+        watch.close()
+        if self.has_succeeded(reading):
+            self.server.stop(wait=False, kept=KEPT_TIME)
+
+
+class Parent(Process):
+    """A process that has workers, and sees to it that there are as many as are wanted."""
+
+    def __init__(self, server: Server, count: int) -> None:
+        super().__init__(server)
+        server.counters = Counters(count)
+        server.sharing = Part(server)
+        self.workers = [Worker(number) for number in range(count)]
+        self.signals: deque[int] = deque()      # that have come
+        self.bell, self.button = socket.socketpair()
+        self.lifeline = os.pipe()               # its end is this process' end
+        self.pipes: dict[int, Worker] = {}      # by which workers say that they are ready
+        self.restarting = -1                    # the same of a successor
+        self.begun = False                      # all have been ready once
+        self.kill_at = math.inf                 # when the grace of stop() is over
+        for sock in (self.bell, self.button):
+            sock.setblocking(False)
+
+    def run(self) -> None:
+        freeze_collector()
+        before = signal.set_wakeup_fd(self.button.fileno())
+        try:
+            while self.kill_at == math.inf or any(worker.pid for worker in self.workers):
+                self.turn()
+        finally:
+            for worker in self.workers:
+                if worker.pid:
+                    os.kill(worker.pid, signal.SIGKILL)
+                    os.waitpid(worker.pid, 0)
+            signal.set_wakeup_fd(before)
+
+    def note(self, number: int, frame: Any) -> None:
+        """The handler of all signals: turn() looks at them."""
+        self.signals.append(number)
+
+    stop = hang_up = restart = note
+
+    def turn(self) -> None:
+        """Wait for something, at most a moment, and see to all."""
+        now = time.monotonic()
+        for worker in self.workers:
+            if not worker.pid and self.kill_at == math.inf and now >= worker.started + BEAT:
+                self.start(worker)
+        files: list[Any] = [self.bell, *self.pipes]
+        if self.restarting >= 0:
+            files.append(self.restarting)
+        ready, _, _ = select.select(files, [], [], BEAT / 2)
+        with suppress(BlockingIOError):
+            self.bell.recv(4096)
+        while self.signals:
+            self.obey(self.signals.popleft())
+        for file in ready:
+            if file in self.pipes:
+                self.hear(file, self.pipes.pop(file))
+            elif file == self.restarting:
+                self.end_restart()
+        for worker in self.workers:
+            self.look_at(worker)
+        if self.environment.watchdog:
+            self.notify("WATCHDOG=1")
+
+    def start(self, worker: Worker) -> None:
+        reading, writing = os.pipe()
+        worker.started = time.monotonic()
+        worker.ready = False
+        worker.looks = 0
+        sys.stdout.flush()
+        worker.pid = os.fork()
+        if worker.pid == 0:
+            os._exit(self.be_worker(worker, writing))
+        os.close(writing)
+        self.pipes[reading] = worker
+
+    def be_worker(self, worker: Worker, writing: int) -> int:
+        """In the new process: serve. The status that it ends with."""
+        server = self.server
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+                signal.signal(number, self.obey_as_worker)
+            signal.signal(signal.SIGINT, lambda number, frame: None)    # Ctrl-C is for the parent
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for descriptor in (self.lifeline[1], *self.pipes):
+                os.close(descriptor)
+            server.counters.take(worker.number)
+            if worker.number:
+                pending_services.clear()        # they are for the first one
+            server.watch(self.lifeline[0], functools.partial(server.stop, wait=False))
+            beat(self)
+            initialize(server)
+            os.write(writing, b"1")
+            os.close(writing)
+            server.run()
+            return 0
+        except (ConfigError, OSError) as error:
+            print("httpd: worker %d: %s" % (worker.number, error), file=sys.stderr, flush=True)
+        except BaseException:
+            log.exception("worker %d has failed", worker.number)
+        return 1
+
+    def obey_as_worker(self, number: int, frame: Any) -> None:
+        """In a worker: what its parent wants."""
+        if number == signal.SIGHUP:
+            self.server.reload()
+        elif number == signal.SIGUSR2:
+            self.server.stop(wait=False, kept=KEPT_TIME)
+        else:
+            self.server.stop(0 if self.stops else None, wait=False)
+            self.stops += 1
+
+    def tell(self, number: int) -> None:
+        """Send a signal to every worker."""
+        for worker in self.workers:
+            if worker.pid:
+                os.kill(worker.pid, number)
+
+    def obey(self, number: int) -> None:
+        """What a signal wants."""
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.end(signal.SIGTERM)
+            self.stops += 1
+        elif number == signal.SIGHUP and self.reload():     # a mistake is for nobody else
+            self.tell(number)
+        elif number == signal.SIGUSR2:
+            self.restarting = self.start_successor()
+
+    def end(self, number: int) -> None:
+        """Have the workers end: SIGTERM, or SIGUSR2 if a successor serves."""
+        self.notify("STOPPING=1")
+        seconds = self.server.params.grace_timeout + 2
+        if number == signal.SIGUSR2:
+            seconds += KEPT_TIME
+        if self.stops:
+            seconds = 1
+        self.kill_at = min(self.kill_at, time.monotonic() + seconds)
+        self.server.bind().close()
+        self.tell(number)
+
+    def end_restart(self) -> None:
+        reading, self.restarting = self.restarting, -1
+        if self.has_succeeded(reading):
+            self.end(signal.SIGUSR2)
+
+    def hear(self, pipe: int, worker: Worker) -> None:
+        """A worker is ready, or has ended before."""
+        worker.ready = bool(os.read(pipe, 1))
+        os.close(pipe)
+        if self.begun:
+            return
+        if not worker.ready:
+            raise ConfigError("httpd: worker %d has ended before it was ready" % worker.number)
+        if all(one.ready for one in self.workers):
+            self.begun = True
+            self.say_ready()
+
+    def look_at(self, worker: Worker) -> None:
+        """Whether a worker lives, and turns its loop."""
+        if not worker.pid:
+            return
+        ended, status = os.waitpid(worker.pid, os.WNOHANG)
+        row = self.server.counters.rows[worker.number]
+        if ended:
+            worker.pid = row[PROCESS] = row[TAKEN] = 0
+            if status or self.kill_at == math.inf:
+                log.error("worker %d, process %d, has ended: %s", worker.number, ended,
+                          describe_status(status))
+            return
+        now = time.monotonic()
+        silent = now - row[ALIVE] / 1000
+        if now >= self.kill_at:
+            os.kill(worker.pid, signal.SIGKILL)
+        elif not worker.ready or silent < LATE:
+            worker.looks = 0
+        else:
+            worker.looks += 1
+            if worker.looks == 2:               # one late look may be a pause of the machine
+                log.error("worker %d, process %d, is stuck: its loop has not turned for %.0f s",
+                          worker.number, worker.pid, silent)
+            if 0 < self.server.params.worker_timeout < silent and worker.looks > 1:
+                os.kill(worker.pid, signal.SIGKILL)
+
+
+def describe_status(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return "killed by %s" % signal.Signals(os.WTERMSIG(status)).name
+    return "exit status %d" % os.WEXITSTATUS(status)
+
+
+def freeze_collector() -> None:
+    """Full collections need not look at what was loaded: 3 ms. PyPy has none of it."""
+    freeze = getattr(gc, "freeze", None)
+    if freeze is not None:
+        freeze()
+
+
+def run(**parameters: Any) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends the grace. SIGHUP: reload(). SIGUSR2: a new
+    process of the same program takes over, and nothing is lost.
+
+    With the parameter workers in so many processes. Main thread. ConfigError, or OSError if it
+    cannot listen.
     """
     if loading:
         raise ConfigError("%s: calls httpd.run() while it is loaded: write that below "
                           'if __name__ == "__main__":' % loading[-1])
     server = Server(**parameters)
-    banner = "httpd.py %s listens on %s" % (__version__, server.url)       # OSError comes from here
-    if server.params.ip in ("", "*"):
-        banner += " and every other address"
-    stopped: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        server.stop(0 if stopped else None)
-        stopped.append(number)
-
-    def renew(number: int, frame: Any) -> None:
-        server.reload()
-
-    wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: renew}
+    count = server.params.workers or len(os.sched_getaffinity(0))
+    process: Union[Alone, Parent]
+    if count == 1:
+        process = Alone(server)
+    else:
+        process = Parent(server, count)
+    wanted = {signal.SIGTERM: process.stop, signal.SIGINT: process.stop,
+              signal.SIGHUP: process.hang_up, signal.SIGUSR2: process.restart}
+    if isinstance(process, Parent):
+        wanted[signal.SIGCHLD] = process.note
     previous = {}
     try:
         for number, handler in wanted.items():
             previous[number] = signal.signal(number, handler)
-        initialize(server)              # before anybody is told that it serves
-        for root in roots.values():
-            banner += "\n  /%s  %s" % (root.name, root.module)
-        # lines of the log, and nothing else, go to stdout
-        say(banner, to_stderr=server.params.access_log == "-")
-        # full collections need not look at what was loaded: 3 ms
-        freeze = getattr(gc, "freeze", None)
-        if freeze is not None:
-            freeze()
-        server.run()
+        process.run()
     finally:
         server.stop(0)
+        server.bind().close()
         for number, before in previous.items():
             signal.signal(number, before)
 
+
+# --------------------------------------------------------------------------------------------- main
 
 def describe_parameters() -> str:
     """The table of parameters, for --help."""

@@ -7649,7 +7649,7 @@ def test_a_restart_loses_nothing(program, workers):
         wait_for(lambda: old.ask() and "has taken over" in old.text(), seconds=20)
         kept.sendall(get(b"/pid"))
         last, = answers(read(kept))
-        assert last.body.decode() == first and last.headers["Connection"] == "close"
+        assert last.body.decode() == first  # the last one, or just before the worker was told so
         assert answers(read(waiting, 1))[0].body == b"waited"
     assert old.process.wait(20) == 0
     successor = int(re.search("process ([0-9]+) has taken over", old.text())[1])

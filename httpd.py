@@ -12,7 +12,7 @@ Copy the file into a project and register what answers below a root path:
     httpd.register_httpdcb("example", "hello", hello)
     httpd.run(ip="127.0.0.1", port=8000)
 
-or run it as a management server: `python httpd.py example.cfg`.
+or run it as a management server: `python httpd.py example.cfg`; without a file it shows itself.
 
 How a GET travels through this file, a line for each hop:
 
@@ -73,6 +73,7 @@ from contextvars import copy_context
 from email.utils import formatdate
 from http import HTTPStatus
 from importlib import import_module
+from string import Template
 from types import GeneratorType
 from typing import TYPE_CHECKING
 from typing import Any
@@ -263,6 +264,9 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "prometheus": (
         Parameter("root", "metrics", "root path of the metrics", kind="root"),
     ),
+    "mi_html": (
+        Parameter("root", "", "root path of the console page; empty: only /", kind="root"),
+    ),
 }
 # The modules of this file: what loads each, with its parameters in force. Their sections put
 # themselves in.
@@ -270,8 +274,8 @@ BUILT_IN: dict[str, Callable[[dict[str, Any]], object]] = {}
 
 params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
-# parameter of httpd -> FILE:LINE, where it has been set there
-places: dict[str, str] = {}
+# module and parameter -> FILE:LINE, where it has been set there
+places: dict[tuple[str, str], str] = {}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -485,8 +489,14 @@ def unquoted(text: str) -> str:
     return re.sub(r'\\(["\\])', r"\1", text[1:-1])
 
 
+# The configuration that is used without a file: what shows itself, on this machine only.
+INSIDE = "[httpd]\nip = 127.0.0.1\n[mi_html]\n[mi_http]\n[prometheus]"
+
+
 def read_lines(path: str) -> list[str]:
-    """The lines of a text. ConfigError if it cannot be read."""
+    """The lines of a text; without a path, of INSIDE. ConfigError if it cannot be read."""
+    if not path:
+        return INSIDE.split("\n")
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -506,7 +516,7 @@ def read_config(path: str, problems: list[str]) -> list[Setting]:
     settings: list[Setting] = []
     section = ""
     for number, raw in enumerate(lines, 1):
-        place = "%s:%d" % (path, number)
+        place = "%s:%d" % (path or "inside", number)
         line = COMMENT.sub(r"\1", raw).strip()
         if not line:
             continue
@@ -537,7 +547,8 @@ def read_override(text: str) -> Setting:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
-    """Read a configuration: set its parameters, then `overrides`, and load its modules.
+    """Read a configuration: set its parameters, then `overrides`, and load its modules. An empty
+    path stands for the configuration inside this file: console, MI and metrics for this machine.
 
     ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread.
     """
@@ -554,7 +565,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
         set_parameters([read_override(text)], modules, problems)
     if not problems:
         # a user's module may lie beside it
-        sys.path.append(os.path.dirname(os.path.abspath(path)))
+        sys.path.append(os.path.abspath(directory))
         for module, place in modules.items():
             try:
                 loadmodule(module)
@@ -593,8 +604,7 @@ def set_parameters(settings: list[Setting], modules: Collection[str], problems: 
             modparam(module, name, setting.value)
         except ConfigError as error:
             problems.append("%s: %s" % (setting.place, error))
-        if module == "httpd":
-            places[name] = setting.place
+        places[module, name] = setting.place
 
 
 # ----------------------------------------------------------------------------------------- Registry
@@ -6222,6 +6232,528 @@ checks["log format"] = check_log_format
 companions.append(begin_access_log)
 
 
+# ------------------------------------------------------------------------------------------ mi_html
+# The console: a page with what a server does, and a form for each MI command. It is read without
+# JavaScript too; with it the figures move. Whatever stands in it has gone through html() or escape.
+
+POINT_SECONDS = 2.0
+POINTS = 150                            # of a plot: five minutes
+UNWATCHED = 60.0                        # seconds after the last view that the history ends
+HTML_ESCAPES = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+SHOWN_STATES = ("idle", "receiving", "sending", "suspended", "closing")
+
+
+class Reading(NamedTuple):
+    """What the counters say at a time."""
+    at: float
+    answered: int
+    numbers: list[int]                  # of all roots together, as tally() has them
+
+
+class Plot(NamedTuple):
+    """A picture of the last minutes. Its lines have the names of what they show."""
+    title: str
+    lines: tuple[str, ...]
+    stacked: bool = False               # each line begins where the one before it ends
+    full: str = ""                      # what is never passed; empty: as high as the highest
+
+
+PLOTS = (
+    Plot("Requests a second", ("rate",)),
+    Plot("Errors a second", ("errors",)),
+    Plot("Latency, ms", ("median", "p95")),
+    Plot("Memory, KiB", ("held",), full="budget"),
+    Plot("Connections", SHOWN_STATES, stacked=True),
+)
+
+
+def html(pattern: str, *values: Any) -> str:
+    """The pattern with the values in it, escaped."""
+    return pattern % tuple(str(value).translate(HTML_ESCAPES) for value in values)
+
+
+def tally(server: Server) -> dict[str, list[int]]:
+    """By root: the numbers of a slot, and how many had a status from 400 up."""
+    found: dict[str, list[int]] = {}
+    for series, numbers in server.counters.series().items():
+        if series[0] == "httpd_requests_total":
+            errors = 0
+            if series[3][0] in "45":
+                errors = sum(numbers[:BUCKETS])
+            before = found.get(series[1], [0] * (SLOT_NUMBERS + 1))
+            found[series[1]] = list(map(operator.add, before, [*numbers, errors]))
+    return found
+
+
+def take_reading(server: Server) -> Reading:
+    rows = [[0] * (SLOT_NUMBERS + 1), *tally(server).values()]
+    return Reading(
+        server.now, server.counters.totals()[REQUESTS], list(map(sum, zip(*rows))))
+
+
+def quantile(counts: Sequence[int], share: float) -> float:
+    """Milliseconds that this share of the requests took at most, as if even within a bucket."""
+    left, low = share * sum(counts), 0.0
+    for bound, count in zip((*BUCKET_BOUNDS, BUCKET_BOUNDS[-1]), counts):
+        if count and left <= count:
+            return 1000 * (low + (bound - low) * left / count)
+        left, low = left - count, bound
+    return 0.0
+
+
+class History:
+    """What the plots show. It lives beside a server from the first view to a minute after the last:
+    when nobody looks, nothing is counted for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.seen = server.now
+        self.points: deque[dict[str, float]] = deque(maxlen=POINTS)
+        self.counts = count_response not in observers       # without the module prometheus
+        if self.counts:
+            observers.append(self.count)
+        server.loop.companions.append(self)
+        self.before = take_reading(server)
+        self.tick()
+
+    def count(self, response: Response) -> None:
+        if response.server is self.server:
+            count_response(response)
+
+    def tick(self) -> None:
+        if self.server.now - self.seen > UNWATCHED:
+            self.server.loop.companions.remove(self)
+            self.close()
+            return
+        self.timer = self.server.call_later(POINT_SECONDS, self.tick)
+        before, self.before = self.before, take_reading(self.server)
+        self.points.append(self.point(before, self.before))
+
+    def point(self, before: Reading, now: Reading) -> dict[str, float]:
+        measure(self.server)
+        cells = self.server.counters.totals()
+        seconds = max(now.at - before.at, 0.001)
+        *numbers, errors = map(operator.sub, now.numbers, before.numbers)
+        point: dict[str, float] = {state: cells[IDLE + n] for n, state in enumerate(SHOWN_STATES)}
+        point["rate"] = (now.answered - before.answered) / seconds
+        point["errors"] = errors / seconds
+        point["median"] = quantile(numbers[:BUCKETS], 0.5)
+        point["p95"] = quantile(numbers[:BUCKETS], 0.95)
+        point["held"] = cells[HELD_BYTES] / 1024
+        point["budget"] = cells[BUDGET_BYTES] / 1024
+        return point
+
+    def reload(self) -> None:
+        """Nothing of it is in files."""
+
+    def close(self) -> None:
+        self.timer.close()
+        if self.counts:
+            observers.remove(self.count)
+
+
+def watched(server: Server) -> History:
+    """The history of a server, now that somebody looks at it."""
+    for companion in server.loop.companions:
+        if isinstance(companion, History):
+            companion.seen = server.now
+            return companion
+    return History(server)
+
+
+def short(number: float) -> str:
+    if number and number < 100 and number != int(number):
+        return "%.2g" % number
+    return "{:,.0f}".format(number)
+
+
+def round_up(number: float) -> float:
+    """To 1, 2 or 5 and zeros: the top of a scale."""
+    power = 10.0 ** math.floor(math.log10(number))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
+
+
+def draw(values: Sequence[float], top: float) -> str:
+    """An area, the newest value on the right. Of its edge only the upper side is in the picture."""
+    begin = POINTS - len(values)
+    steps = ["%d,%.1f" % (x, 40 - 38 * value / top) for x, value in enumerate(values, begin)]
+    last = steps[-1].partition(",")[2]
+    return "M%d,50L%s %d,%s %d,50Z" % (begin, " ".join(steps), POINTS + 9, last, POINTS + 9)
+
+
+def draw_plot(plot: Plot, points: Collection[dict[str, float]]) -> dict[str, str]:
+    """The texts and the shapes of a plot."""
+    found = {}
+    heights = [0.0] * len(points)
+    columns = {}
+    for name in plot.lines:
+        column = [point[name] for point in points]
+        found[name] = short(column[-1])
+        if plot.stacked:
+            column = heights = list(map(operator.add, heights, column))
+        columns[name] = column
+    highest = max(max(column) for column in columns.values())
+    top = round_up(max(1.0, highest))
+    for point in points:
+        top = point.get(plot.full, top)
+    found["top-" + plot.lines[0]] = short(top)
+    for name, column in columns.items():
+        found["line-" + name] = draw(column, top)
+    return found
+
+
+def passed(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 86400)
+    return "%d d %02d:%02d:%02d" % (days, rest // 3600, rest // 60 % 60, rest % 60)
+
+
+def figures(server: Server) -> dict[str, str]:
+    """All that moves, by the id of the element that shows it."""
+    points = watched(server).points
+    cells = server.counters.totals()
+    found = {"uptime": passed(time.time() - STARTED)}
+    for cell in range(CONNECTIONS):
+        found[CELLS[cell]] = short(cells[cell])
+    for plot in PLOTS:
+        found.update(draw_plot(plot, points))
+    counts = tally(server)
+    for name in tuple(roots):
+        *numbers, errors = counts.get(name, [0] * (SLOT_NUMBERS + 1))
+        count = sum(numbers[:BUCKETS])
+        found["count-" + name] = short(count)
+        found["failed-" + name] = short(errors)
+        found["mean-" + name] = short(numbers[MICROSECONDS] / 1000 / max(1, count))
+    return found
+
+
+def show_plots(found: dict[str, str]) -> str:
+    text = ""
+    for plot in PLOTS:
+        keys, shapes = "", ""
+        for name in plot.lines:
+            keys += html('<span><i></i>%s <b id="%s">%s</b></span>', name, name, found[name])
+            line = "line-" + name
+            shape = html('<path id="%s" d="%s"/>', line, found[line])
+            # in a stack, the lower ones stand before the higher ones
+            shapes = shape + shapes
+        top = "top-" + plot.lines[0]
+        text += html('<figure><figcaption>%s</figcaption><small>max <span id="%s">%s</span></small>',
+                     plot.title, top, found[top])
+        text += html('<svg viewBox="0 0 149 40" preserveAspectRatio="none" role="img" '
+                     'aria-label="%s, the last five minutes">', plot.title)
+        text += "%s</svg><div>%s</div></figure>" % (shapes, keys)
+    return text
+
+
+def show_facts(server: Server, found: dict[str, str]) -> str:
+    """What is known of the server, in pairs."""
+    text = html('<div><dt>Up</dt><dd id="uptime">%s</dd></div>', found["uptime"])
+    text += html("<div><dt>Process</dt><dd>%s</dd></div>", os.getpid())
+    for cell in range(CONNECTIONS):
+        name = CELLS[cell]
+        words = name.replace("_", ", ")
+        text += html('<div><dt>%s</dt><dd id="%s">%s</dd></div>', words, name, found[name])
+    expires = server.transport.expires
+    said = "none: plain HTTP"
+    if expires:
+        days = (expires - time.time()) / 86400
+        said = time.strftime("%Y-%m-%d", time.gmtime(expires)) + ", %d days left" % days
+    return text + html('<div class="wide"><dt>Certificate</dt><dd>%s</dd></div>', said)
+
+
+def show_roots(found: dict[str, str]) -> str:
+    text = ""
+    for root in tuple(roots.values()):
+        path = html("/%s", root.name)
+        if "GET" in root.handlers:
+            path = html('<a href="/%s">/%s</a>', root.name, root.name)
+        methods = " ".join(root.handlers)
+        text += html("<tr><th scope=row>") + path
+        text += html("</th><td>%s</td><td>%s</td>", root.module, methods)
+        for kind in ("count-", "failed-", "mean-"):
+            name = kind + root.name
+            text += html('<td class="number" id="%s">%s</td>', name, found[name])
+        text += "</tr>"
+    return text
+
+
+def show_parameters(server: Server) -> str:
+    """Those in force, and where they were set. What other modules are told may be secret."""
+    text = ""
+    for module in ["httpd", *loaded]:
+        rows = {row.name: row for row in PARAMETERS.get(module, ())}
+        for name, value in in_force(module).items():
+            row = rows.get(name, Parameter(name, "", "", kind="secret"))
+            place = places.get((module, name), "")
+            if module == "httpd":
+                value = getattr(server.params, name)            # zeros resolved
+            if not place and (name in params.get(module, ()) or row.default not in (0, value)):
+                place = "the program"
+            if row.kind == "secret" and value:
+                value = "set, not shown"
+            text += html(
+                "<tr><th scope=row>%s.%s<small>%s</small></th><td>%s</td><td>%s</td></tr>",
+                module, name, row.meaning, value, place or "default")
+    return text
+
+
+def command_parameters(name: str) -> list[inspect.Parameter]:
+    """None, if there is no such command or nobody knows its signature."""
+    try:
+        return list(mi_signature(mi_commands[name].function).parameters.values())
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def show_command(name: str, ran: bool, answer: str) -> str:
+    fields, names = "", []
+    for parameter in command_parameters(name):
+        names.append(parameter.name)
+        hint, required = "", " required"
+        if parameter.annotation in NUMBERS:
+            hint = "a number "
+        if parameter.default is not parameter.empty:
+            hint, required = hint + "(default %s)" % parameter.default, ""
+        fields += html('<label>%s <input name=".%s" placeholder="%s"%s></label>',
+                       parameter.name, parameter.name, hint, required)
+    is_open = ""
+    if ran:
+        is_open = " open"
+    document = mi_commands[name].function.__doc__ or ""
+    head = html('<details id="c-%s"%s><summary>%s <small>%s</small></summary><p>%s</p>', name,
+                is_open, name, " ".join(names), document.partition("\n")[0])
+    form = html('<form method="post" action="#c-%s" autocomplete="off">'
+                '<input type="hidden" name="command" value="%s">', name, name)
+    button = html('<button aria-label="Run %s">Run</button>', name)
+    return head + form + fields + button + html("<output>%s</output></form></details>", answer)
+
+
+def show_console(server: Server, ran: str = "", answer: str = "") -> str:
+    """The page, with the answer to a command if one was run."""
+    found = figures(server)
+    commands = [show_command(name, name == ran, answer if name == ran else "")
+                for name in sorted(mi_commands)]
+    return CONSOLE.substitute(
+        version=html("%s", __version__), url=html("%s", server.url),
+        clock=time.strftime("%H:%M:%S"), plots=show_plots(found),
+        facts=show_facts(server, found), roots=show_roots(found),
+        commands="".join(commands), parameters=show_parameters(server))
+
+
+def called(request: Request) -> Batch:
+    """What a form of the page asks for, begun. A browser says of each form whose page has it."""
+    if request.media_type != URLENCODED or not is_own_origin(request):
+        raise HTTPError(403, "only the forms of this page may send commands here, others use mi_http")
+    name = request.lookup_arg("command", "")
+    given = {}
+    for parameter in command_parameters(name):
+        value = request.lookup_arg("." + parameter.name, "")
+        if value or parameter.default is parameter.empty:
+            given[parameter.name] = value
+            if value[:1] in ("[", "{"):
+                with suppress(ValueError, RecursionError):      # else it is text
+                    given[parameter.name] = json_decoder.decode(value)
+    calls = Calls([Call("", name, mi_commands.get(name), given, "1", True)], True)
+    request.note = names_for_log(calls)
+    return Batch(calls, request)
+
+
+def readable(answer: str) -> str:
+    """A JSON-RPC response for people."""
+    said = json.loads(answer)
+    if "result" in said:
+        return json.dumps(said["result"], indent=2, ensure_ascii=False)
+    fault = said["error"]
+    return "Error %d: %s. %s" % (fault["code"], fault["message"], fault.get("data", ""))
+
+
+def answer_console(request: Request, page: Page) -> int:
+    """The access handler of mi_html."""
+    if request.url not in ("", "/"):
+        raise HTTPError(404, "nothing is registered for this path")
+    page.set_headers(CONSOLE_HEADERS)
+    server = request._connection.server
+    ran, answer = "", ""
+    if request.method == "POST":
+        batch: Batch = request.state or called(request)
+        text = batch.text()
+        if text is None:
+            request.state = batch
+            return SUSPEND
+        ran, answer = batch.calls.members[0].method, readable(text)
+    if request.query != "data":
+        text = show_console(server, ran, answer)
+    elif ran:
+        page.content_type, text = "text/plain; charset=utf-8", answer
+    else:
+        page.content_type, text = JSON, encode_json(figures(server))
+    text = SURROGATE.sub("\ufffd", text)
+    try:
+        page.write(text)
+    except BufferError:
+        spool_answer(text.encode(), request, page)
+    return 200
+
+
+CONSOLE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>httpd.py at $url</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --text: #1c2126; --quiet: #58626e; --line: #dfe3e8;
+  --back: #f5f6f8; --card: #fff; --accent: #0b6a88; }
+@media (prefers-color-scheme: dark) { :root { --text: #e2e6ea; --quiet: #98a3af;
+  --line: #2c333b; --back: #111417; --card: #191d22; --accent: #5cbad6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 75rem; color: var(--text);
+  background: var(--back); font: 14px/1.45 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: baseline;
+  padding: 1rem 0 .6rem; }
+h1 { margin: 0; font-size: 1.3rem; }
+h2 { margin: 1.8rem 0 .5rem; font-size: 1rem; }
+nav { margin-left: auto; display: flex; gap: 1rem; }
+a { color: var(--accent); }
+small, dt, thead th, figcaption, header span { color: var(--quiet); font-weight: 400;
+  font-size: .86rem; }
+.card, figure, dl, details { background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; }
+#plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .6rem; }
+figure { margin: 0; padding: .5rem .7rem; display: grid; grid-template-columns: 1fr auto; }
+figure > svg, figure > div { grid-column: 1 / 3; }
+svg { width: 100%; height: 4.5rem; margin: .3rem 0; border-bottom: 1px solid var(--line); }
+path { vector-effect: non-scaling-stroke; stroke: var(--accent); stroke-width: 1.5; }
+figure span { white-space: nowrap; }
+figure div span { margin-right: .7rem; }
+i { display: inline-block; width: .6rem; height: .6rem; margin-right: .3rem;
+  border: 1px solid var(--accent); border-radius: 2px; }
+path { fill: color-mix(in srgb, var(--accent) 15%, var(--card)); }
+path:nth-last-of-type(2) { fill: color-mix(in srgb, var(--accent) 35%, var(--card)); }
+path:nth-last-of-type(3) { fill: color-mix(in srgb, var(--accent) 55%, var(--card)); }
+path:nth-last-of-type(4) { fill: color-mix(in srgb, var(--accent) 75%, var(--card)); }
+path:nth-last-of-type(5) { fill: var(--accent); }
+i { background: color-mix(in srgb, var(--accent) 15%, var(--card)); }
+span:nth-of-type(2) > i { background: color-mix(in srgb, var(--accent) 35%, var(--card)); }
+span:nth-of-type(3) > i { background: color-mix(in srgb, var(--accent) 55%, var(--card)); }
+span:nth-of-type(4) > i { background: color-mix(in srgb, var(--accent) 75%, var(--card)); }
+span:nth-of-type(5) > i { background: var(--accent); }
+b, dd, .number { font-variant-numeric: tabular-nums; font-weight: 600; }
+dl { margin: .6rem 0 0; padding: .5rem .7rem; display: grid; gap: .1rem .7rem;
+  grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); }
+dl div { display: flex; flex-direction: column; }
+dd { margin: 0; }
+.wide { grid-column: span 2; }
+.card { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+tr + tr > *, tbody > tr > * { border-top: 1px solid var(--line); }
+th, summary, output, td, input { font-family: ui-monospace, monospace; font-size: .86rem; }
+thead th, summary small { font-family: system-ui, sans-serif; }
+th small { display: block; font-family: system-ui, sans-serif; }
+.number { text-align: right; }
+details { margin-bottom: .3rem; }
+summary { padding: .4rem .7rem; cursor: pointer; }
+details p, form { margin: 0; padding: 0 .7rem .6rem; }
+form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end; }
+label { flex: 1 1 12rem; max-width: 24rem; }
+input { display: block; width: 100%; padding: .35rem .5rem; color: inherit;
+  background: var(--back); border: 1px solid var(--quiet); border-radius: 4px; }
+::placeholder { color: var(--quiet); opacity: 1; }
+button { padding: .35rem 1rem; font: inherit; color: var(--card); background: var(--accent);
+  border: 1px solid var(--accent); border-radius: 4px; cursor: pointer; }
+[aria-busy=true] button { color: var(--accent); background: none; }
+output { flex: 1 0 100%; white-space: pre-wrap; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+@media (prefers-reduced-motion: no-preference) {
+  [aria-busy=true] button { animation: wait 1s infinite alternate; }
+  @keyframes wait { to { opacity: .5; } } }
+@media (max-width: 40rem) { nav { margin: 0; } .optional { display: none; } }
+</style>
+<header><h1>httpd.py</h1><span>$version at $url</span><span id="state" role="status">as of
+$clock</span><nav aria-label="Sections"><a href="#served">Served</a><a href="#commands">Commands</a>
+<a href="#parameters">Parameters</a></nav></header>
+<main>
+<section id="plots" aria-label="The last five minutes">$plots</section>
+<dl>$facts</dl>
+<section aria-labelledby="served"><h2 id="served">Served</h2><div class="card"><table>
+<thead><tr><th scope="col">Root<th scope="col">Module<th scope="col">Methods
+<th scope="col" class="number">Answers<th scope="col" class="number">Errors
+<th scope="col" class="number">Mean, ms</thead><tbody>$roots</tbody></table></div></section>
+<section aria-labelledby="commands"><h2 id="commands">Commands</h2>
+<noscript><p>Without JavaScript a command's answer comes with a new page, and the figures stand still.
+</p></noscript>$commands</section>
+<section aria-labelledby="parameters"><h2 id="parameters">Parameters in force</h2>
+<div class="card"><table><thead><tr><th scope="col">Name<th scope="col">Value
+<th scope="col">Set at</thead><tbody>$parameters</tbody></table></div></section>
+</main>
+<script>
+"use strict";
+const byId = id => document.getElementById(id);
+async function look() {
+  let state = "live";
+  try {
+    if (!document.hidden) {
+      const answer = await fetch("?data", {signal: AbortSignal.timeout(9000)});
+      for (const [id, text] of Object.entries(await answer.json())) {
+        const element = byId(id);
+        if (element instanceof SVGElement) element.setAttribute("d", text);
+        else if (element) element.textContent = text;
+      }
+    }
+  } catch { state = "no answer from the server"; }
+  if (byId("state").textContent != state) byId("state").textContent = state;
+  setTimeout(look, 2000);
+}
+document.addEventListener("submit", async event => {
+  event.preventDefault();
+  const form = event.target, button = form.querySelector("button"), begun = Date.now();
+  const output = form.querySelector("output");
+  if (form.ariaBusy == "true") return;
+  const clock = setInterval(() => {
+    button.textContent = "Running, " + Math.round((Date.now() - begun) / 1000) + " s";
+  }, 1000);
+  form.ariaBusy = "true";
+  output.textContent = "Running";
+  try {
+    const body = new URLSearchParams(new FormData(form));
+    output.textContent = await (await fetch("?data", {method: "POST", body})).text();
+  } catch { output.textContent = "No answer from the server."; }
+  clearInterval(clock);
+  form.ariaBusy = "false";
+  button.textContent = "Run";
+});
+look();
+</script>
+</html>
+""")
+
+
+def console_headers() -> FieldPairs:
+    """Nothing but what stands in the page may run, style or be asked for."""
+    from base64 import b64encode
+    policy = ("default-src 'none'; connect-src 'self'; form-action 'self'; img-src data:; "
+              "base-uri 'none'; frame-ancestors 'none'")
+    for kind, text in re.findall("<(style|script)>(.*?)</", CONSOLE.template, re.DOTALL):
+        policy += "; %s-src 'sha256-%s'" % (kind, b64encode(digest(text.encode())).decode())
+    return (
+        ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"),
+        ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
+        # no-referrer would take the Origin from the forms too
+        ("Referrer-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cross-Origin-Resource-Policy", "same-origin"))
+
+
+def load_mi_html(parameters: dict[str, Any]) -> None:
+    register_httpdcb("mi_html", parameters["root"], answer_console, flush_spool, management=True)
+
+
+CONSOLE_HEADERS = console_headers()
+BUILT_IN["mi_html"] = load_mi_html
+
+
 # --------------------------------------------------------------------------------------------- WSGI
 # PEP 3333 on the public callbacks. An answer that is all there goes on the page; any other is
 # pieces, for flush_data_cb. Figures are us of CPU that a request costs without the kernel.
@@ -6845,13 +7377,27 @@ def print_in_force() -> None:
         print("# /%s  %s" % (root.name, root.module))
 
 
+def print_beginning() -> None:
+    """What -t shows without a file: a configuration to begin with."""
+    Server()                            # ConfigError, if they do not fit together
+    for module in ["httpd", *loaded]:
+        print("[%s]" % module)
+        for row in PARAMETERS[module]:
+            value, sign = in_force(module)[row.name], "# "
+            if value != row.default:
+                sign = ""
+            print("# %s\n%s%s = %s" % (row.meaning, sign, row.name, value))
+        print()
+
+
 def make_parser() -> argparse.ArgumentParser:
     import argparse                     # 6 ms, and only the command line needs it
     parser = argparse.ArgumentParser(
         prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("file", help="the configuration")
+    add("file", nargs="?", default="",
+        help="the configuration; without: the console page, /mi and /metrics for this machine")
     add("-t", action="store_true", help="check the file, print what would be in force")
     add("-o", metavar="NAME=VALUE", action="append", default=[],
         help="set a parameter over the file")
@@ -6864,7 +7410,7 @@ def complain(path: str, text: str, parameter: str) -> int:
     """Say what has turned out to be wrong only now, with the line that has set the parameter."""
     if parameter:
         text = "httpd: " + re.sub("^httpd: ", "", text)
-    print("%s: %s" % (places.get(parameter, path), text), file=sys.stderr)
+    print("%s: %s" % (places.get(("httpd", parameter), path), text), file=sys.stderr)
     return 1
 
 
@@ -6883,14 +7429,16 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        if options.t:
+        if options.t and options.file:
             print_in_force()
+        elif options.t:
+            print_beginning()
         else:
             run()
     except ConfigError as error:
-        return complain(options.file, str(error), error.parameter)
+        return complain(options.file or "inside", str(error), error.parameter)
     except OSError as error:
-        return complain(options.file, str(error.strerror), "port")
+        return complain(options.file or "inside", str(error.strerror), "port")
     return 0
 
 

@@ -6244,11 +6244,15 @@ HTML_ESCAPES = str.maketrans(
 SHOWN_STATES = ("idle", "receiving", "sending", "suspended", "closing")
 
 
+Point = Dict[str, float]                # what the plots show of a time, by the name of the line
+
+
 class Reading(NamedTuple):
     """What the counters say at a time."""
     at: float
     answered: int
-    numbers: list[int]                  # of all roots together, as tally() has them
+    errors: int                         # of them with a status from 400 up
+    buckets: list[int]
 
 
 class Plot(NamedTuple):
@@ -6256,14 +6260,14 @@ class Plot(NamedTuple):
     title: str
     lines: tuple[str, ...]
     stacked: bool = False               # each line begins where the one before it ends
-    full: str = ""                      # what is never passed; empty: as high as the highest
+    full: str = ""                      # what its height stands for; empty: the highest value
 
 
 PLOTS = (
-    Plot("Requests a second", ("rate",)),
-    Plot("Errors a second", ("errors",)),
+    Plot("Requests/s", ("rate",)),
+    Plot("Errors/s", ("errors",)),
     Plot("Latency, ms", ("median", "p95")),
-    Plot("Memory, KiB", ("held",), full="budget"),
+    Plot("KiB held", ("held",), full="budget"),
     Plot("Connections", SHOWN_STATES, stacked=True),
 )
 
@@ -6273,23 +6277,14 @@ def html(pattern: str, *values: Any) -> str:
     return pattern % tuple(str(value).translate(HTML_ESCAPES) for value in values)
 
 
-def tally(server: Server) -> dict[str, list[int]]:
-    """By root: the numbers of a slot, and how many had a status from 400 up."""
-    found: dict[str, list[int]] = {}
+def take_reading(server: Server) -> Reading:
+    buckets, errors = [0] * BUCKETS, 0
     for series, numbers in server.counters.series().items():
         if series[0] == "httpd_requests_total":
-            errors = 0
+            buckets = list(map(operator.add, buckets, numbers))
             if series[3][0] in "45":
-                errors = sum(numbers[:BUCKETS])
-            before = found.get(series[1], [0] * (SLOT_NUMBERS + 1))
-            found[series[1]] = list(map(operator.add, before, [*numbers, errors]))
-    return found
-
-
-def take_reading(server: Server) -> Reading:
-    rows = [[0] * (SLOT_NUMBERS + 1), *tally(server).values()]
-    return Reading(
-        server.now, server.counters.totals()[REQUESTS], list(map(sum, zip(*rows))))
+                errors += sum(numbers[:BUCKETS])
+    return Reading(server.now, server.counters.totals()[REQUESTS], errors, buckets)
 
 
 def quantile(counts: Sequence[int], share: float) -> float:
@@ -6309,7 +6304,7 @@ class History:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.seen = server.now
-        self.points: deque[dict[str, float]] = deque(maxlen=POINTS)
+        self.points: deque[Point] = deque(maxlen=POINTS)
         self.counts = count_response not in observers       # without the module prometheus
         if self.counts:
             observers.append(self.count)
@@ -6330,16 +6325,16 @@ class History:
         before, self.before = self.before, take_reading(self.server)
         self.points.append(self.point(before, self.before))
 
-    def point(self, before: Reading, now: Reading) -> dict[str, float]:
+    def point(self, before: Reading, now: Reading) -> Point:
         measure(self.server)
         cells = self.server.counters.totals()
         seconds = max(now.at - before.at, 0.001)
-        *numbers, errors = map(operator.sub, now.numbers, before.numbers)
-        point: dict[str, float] = {state: cells[IDLE + n] for n, state in enumerate(SHOWN_STATES)}
+        buckets = list(map(operator.sub, now.buckets, before.buckets))
+        point: Point = dict(zip(SHOWN_STATES, cells[IDLE:]))
         point["rate"] = (now.answered - before.answered) / seconds
-        point["errors"] = errors / seconds
-        point["median"] = quantile(numbers[:BUCKETS], 0.5)
-        point["p95"] = quantile(numbers[:BUCKETS], 0.95)
+        point["errors"] = (now.errors - before.errors) / seconds
+        point["median"] = quantile(buckets, 0.5)
+        point["p95"] = quantile(buckets, 0.95)
         point["held"] = cells[HELD_BYTES] / 1024
         point["budget"] = cells[BUDGET_BYTES] / 1024
         return point
@@ -6365,65 +6360,44 @@ def watched(server: Server) -> History:
 def short(number: float) -> str:
     if number and number < 100 and number != int(number):
         return "%.2g" % number
-    return "{:,.0f}".format(number)
-
-
-def round_up(number: float) -> float:
-    """To 1, 2 or 5 and zeros: the top of a scale."""
-    power = 10.0 ** math.floor(math.log10(number))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
+    return format(number, ",.0f")
 
 
 def draw(values: Sequence[float], top: float) -> str:
     """An area, the newest value on the right. Of its edge only the upper side is in the picture."""
     begin = POINTS - len(values)
-    steps = ["%d,%.1f" % (x, 40 - 38 * value / top) for x, value in enumerate(values, begin)]
-    last = steps[-1].partition(",")[2]
-    return "M%d,50L%s %d,%s %d,50Z" % (begin, " ".join(steps), POINTS + 9, last, POINTS + 9)
+    steps = ["M%d,50L" % begin]
+    for x, value in enumerate([*values, values[-1]], begin):
+        steps.append("%d,%.1f" % (x, 40 - 38 * value / top))
+    return " ".join(steps) + "V50Z"
 
 
-def draw_plot(plot: Plot, points: Collection[dict[str, float]]) -> dict[str, str]:
-    """The texts and the shapes of a plot."""
-    found = {}
+def draw_plot(plot: Plot, points: Collection[Point]) -> dict[str, str]:
+    """The texts and the shapes of a plot, by the id of the element that shows them."""
+    found, columns = {}, {}
     heights = [0.0] * len(points)
-    columns = {}
     for name in plot.lines:
         column = [point[name] for point in points]
         found[name] = short(column[-1])
         if plot.stacked:
             column = heights = list(map(operator.add, heights, column))
         columns[name] = column
-    highest = max(max(column) for column in columns.values())
-    top = round_up(max(1.0, highest))
-    for point in points:
-        top = point.get(plot.full, top)
+    columns[""] = [point.get(plot.full, 1.0) for point in points]
+    top = max(map(max, columns.values()))
     found["top-" + plot.lines[0]] = short(top)
-    for name, column in columns.items():
-        found["line-" + name] = draw(column, top)
+    for name in plot.lines:
+        found["line-" + name] = draw(columns[name], top)
     return found
-
-
-def passed(seconds: float) -> str:
-    days, rest = divmod(int(seconds), 86400)
-    return "%d d %02d:%02d:%02d" % (days, rest // 3600, rest // 60 % 60, rest % 60)
 
 
 def figures(server: Server) -> dict[str, str]:
     """All that moves, by the id of the element that shows it."""
     points = watched(server).points
-    cells = server.counters.totals()
-    found = {"uptime": passed(time.time() - STARTED)}
-    for cell in range(CONNECTIONS):
-        found[CELLS[cell]] = short(cells[cell])
+    found = {}
+    for name, total in zip(CELLS[:CONNECTIONS], server.counters.totals()):
+        found[name] = short(total)
     for plot in PLOTS:
         found.update(draw_plot(plot, points))
-    counts = tally(server)
-    for name in tuple(roots):
-        *numbers, errors = counts.get(name, [0] * (SLOT_NUMBERS + 1))
-        count = sum(numbers[:BUCKETS])
-        found["count-" + name] = short(count)
-        found["failed-" + name] = short(errors)
-        found["mean-" + name] = short(numbers[MICROSECONDS] / 1000 / max(1, count))
     return found
 
 
@@ -6431,50 +6405,43 @@ def show_plots(found: dict[str, str]) -> str:
     text = ""
     for plot in PLOTS:
         keys, shapes = "", ""
-        for name in plot.lines:
-            keys += html('<span><i></i>%s <b id="%s">%s</b></span>', name, name, found[name])
-            line = "line-" + name
-            shape = html('<path id="%s" d="%s"/>', line, found[line])
+        for number, name in enumerate(plot.lines):
+            keys += html('<span><i class="k%s"></i>%s <b id="%s">%s</b></span>',
+                         number, name, name, found[name])
             # in a stack, the lower ones stand before the higher ones
-            shapes = shape + shapes
+            shapes = html('<path class="k%s" id="line-%s" d="%s"/>',
+                          number, name, found["line-" + name]) + shapes
         top = "top-" + plot.lines[0]
-        text += html('<figure><figcaption>%s</figcaption><small>max <span id="%s">%s</span></small>',
-                     plot.title, top, found[top])
-        text += html('<svg viewBox="0 0 149 40" preserveAspectRatio="none" role="img" '
-                     'aria-label="%s, the last five minutes">', plot.title)
+        text += html('<figure><figcaption>%s</figcaption><small>max <span id="%s">%s</span></small>'
+                     '<svg viewBox="0 0 149 40" preserveAspectRatio="none" role="img" '
+                     'aria-label="%s, the last five minutes">',
+                     plot.title, top, found[top], plot.title)
         text += "%s</svg><div>%s</div></figure>" % (shapes, keys)
     return text
 
 
 def show_facts(server: Server, found: dict[str, str]) -> str:
     """What is known of the server, in pairs."""
-    text = html('<div><dt>Up</dt><dd id="uptime">%s</dd></div>', found["uptime"])
-    text += html("<div><dt>Process</dt><dd>%s</dd></div>", os.getpid())
-    for cell in range(CONNECTIONS):
-        name = CELLS[cell]
-        words = name.replace("_", ", ")
-        text += html('<div><dt>%s</dt><dd id="%s">%s</dd></div>', words, name, found[name])
     expires = server.transport.expires
-    said = "none: plain HTTP"
+    certificate = "none: plain HTTP"
     if expires:
         days = (expires - time.time()) / 86400
-        said = time.strftime("%Y-%m-%d", time.gmtime(expires)) + ", %d days left" % days
-    return text + html('<div class="wide"><dt>Certificate</dt><dd>%s</dd></div>', said)
+        certificate = time.strftime("%Y-%m-%d", time.gmtime(expires)) + ", %d days left" % days
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(STARTED))
+    facts = [("up since", "up", since), ("certificate until", "certificate", certificate)]
+    for name in CELLS[:CONNECTIONS]:
+        facts.append((name.replace("_", ", "), name, found[name]))
+    return "".join(html('<div><dt>%s</dt><dd id="%s">%s</dd></div>', *fact) for fact in facts)
 
 
-def show_roots(found: dict[str, str]) -> str:
+def show_roots() -> str:
     text = ""
     for root in tuple(roots.values()):
         path = html("/%s", root.name)
         if "GET" in root.handlers:
             path = html('<a href="/%s">/%s</a>', root.name, root.name)
-        methods = " ".join(root.handlers)
-        text += html("<tr><th scope=row>") + path
-        text += html("</th><td>%s</td><td>%s</td>", root.module, methods)
-        for kind in ("count-", "failed-", "mean-"):
-            name = kind + root.name
-            text += html('<td class="number" id="%s">%s</td>', name, found[name])
-        text += "</tr>"
+        text += "<tr><th scope=row>" + path
+        text += html("</th><td>%s</td><td>%s</td></tr>", root.module, " ".join(root.handlers))
     return text
 
 
@@ -6485,16 +6452,16 @@ def show_parameters(server: Server) -> str:
         rows = {row.name: row for row in PARAMETERS.get(module, ())}
         for name, value in in_force(module).items():
             row = rows.get(name, Parameter(name, "", "", kind="secret"))
-            place = places.get((module, name), "")
+            place = places.get((module, name), "default")
             if module == "httpd":
                 value = getattr(server.params, name)            # zeros resolved
-            if not place and (name in params.get(module, ()) or row.default not in (0, value)):
+            if place == "default" and row.default not in (0, value):
                 place = "the program"
             if row.kind == "secret" and value:
                 value = "set, not shown"
             text += html(
                 "<tr><th scope=row>%s.%s<small>%s</small></th><td>%s</td><td>%s</td></tr>",
-                module, name, row.meaning, value, place or "default")
+                module, name, row.meaning, value, place)
     return text
 
 
@@ -6506,7 +6473,8 @@ def command_parameters(name: str) -> list[inspect.Parameter]:
         return []
 
 
-def show_command(name: str, ran: bool, answer: str) -> str:
+def show_command(name: str, answer: Optional[str]) -> str:
+    """A form; with the answer, if it has just been run."""
     fields, names = "", []
     for parameter in command_parameters(name):
         names.append(parameter.name)
@@ -6518,33 +6486,32 @@ def show_command(name: str, ran: bool, answer: str) -> str:
         fields += html('<label>%s <input name=".%s" placeholder="%s"%s></label>',
                        parameter.name, parameter.name, hint, required)
     is_open = ""
-    if ran:
+    if answer is not None:
         is_open = " open"
-    document = mi_commands[name].function.__doc__ or ""
-    head = html('<details id="c-%s"%s><summary>%s <small>%s</small></summary><p>%s</p>', name,
-                is_open, name, " ".join(names), document.partition("\n")[0])
-    form = html('<form method="post" action="#c-%s" autocomplete="off">'
-                '<input type="hidden" name="command" value="%s">', name, name)
-    button = html('<button aria-label="Run %s">Run</button>', name)
-    return head + form + fields + button + html("<output>%s</output></form></details>", answer)
+    told, _, _ = (mi_commands[name].function.__doc__ or "").partition("\n")
+    head = html('<details id="c-%s"%s><summary>%s <small>%s</small></summary><p>%s</p>'
+                '<form method="post" action="#c-%s" autocomplete="off">'
+                '<input type="hidden" name="command" value="%s">',
+                name, is_open, name, " ".join(names), told, name, name)
+    return head + fields + html(
+        '<button aria-label="Run %s">Run</button><output>%s</output></form></details>',
+        name, answer or "")
 
 
-def show_console(server: Server, ran: str = "", answer: str = "") -> str:
-    """The page, with the answer to a command if one was run."""
+def show_console(server: Server, answers: dict[str, str]) -> str:
+    """The page, with the answers to commands that were run."""
     found = figures(server)
-    commands = [show_command(name, name == ran, answer if name == ran else "")
-                for name in sorted(mi_commands)]
+    commands = [show_command(name, answers.get(name)) for name in sorted(mi_commands)]
     return CONSOLE.substitute(
         version=html("%s", __version__), url=html("%s", server.url),
-        clock=time.strftime("%H:%M:%S"), plots=show_plots(found),
-        facts=show_facts(server, found), roots=show_roots(found),
-        commands="".join(commands), parameters=show_parameters(server))
+        clock=time.strftime("%H:%M:%S"), plots=show_plots(found), facts=show_facts(server, found),
+        roots=show_roots(), commands="".join(commands), parameters=show_parameters(server))
 
 
 def called(request: Request) -> Batch:
     """What a form of the page asks for, begun. A browser says of each form whose page has it."""
     if request.media_type != URLENCODED or not is_own_origin(request):
-        raise HTTPError(403, "only the forms of this page may send commands here, others use mi_http")
+        raise HTTPError(403, "only the forms of this page may send commands here")
     name = request.lookup_arg("command", "")
     given = {}
     for parameter in command_parameters(name):
@@ -6554,7 +6521,8 @@ def called(request: Request) -> Batch:
             if value[:1] in ("[", "{"):
                 with suppress(ValueError, RecursionError):      # else it is text
                     given[parameter.name] = json_decoder.decode(value)
-    calls = Calls([Call("", name, mi_commands.get(name), given, "1", True)], True)
+    call = Call("", name, mi_commands.get(name), given, "1", True)
+    calls = Calls([call], alone=True)
     request.note = names_for_log(calls)
     return Batch(calls, request)
 
@@ -6574,18 +6542,18 @@ def answer_console(request: Request, page: Page) -> int:
         raise HTTPError(404, "nothing is registered for this path")
     page.set_headers(CONSOLE_HEADERS)
     server = request._connection.server
-    ran, answer = "", ""
+    answers = {}
     if request.method == "POST":
         batch: Batch = request.state or called(request)
         text = batch.text()
         if text is None:
             request.state = batch
             return SUSPEND
-        ran, answer = batch.calls.members[0].method, readable(text)
+        answers[batch.calls.members[0].method] = readable(text)
     if request.query != "data":
-        text = show_console(server, ran, answer)
-    elif ran:
-        page.content_type, text = "text/plain; charset=utf-8", answer
+        text = show_console(server, answers)
+    elif answers:
+        page.content_type, text = "text/plain; charset=utf-8", "".join(answers.values())
     else:
         page.content_type, text = JSON, encode_json(figures(server))
     text = SURROGATE.sub("\ufffd", text)
@@ -6621,8 +6589,10 @@ small, dt, thead th, figcaption, header span { color: var(--quiet); font-weight:
   font-size: .86rem; }
 .card, figure, dl, details { background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; }
-#plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .6rem; }
-figure { margin: 0; padding: .5rem .7rem; display: grid; grid-template-columns: 1fr auto; }
+#plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.9rem, 1fr)); gap: .6rem; }
+figure { margin: 0; padding: .5rem .7rem; display: grid; grid-template-columns: 1fr auto;
+  align-content: start; }
+figure:last-child { grid-column: span 2; }
 figure > svg, figure > div { grid-column: 1 / 3; }
 svg { width: 100%; height: 4.5rem; margin: .3rem 0; border-bottom: 1px solid var(--line); }
 path { vector-effect: non-scaling-stroke; stroke: var(--accent); stroke-width: 1.5; }
@@ -6630,30 +6600,22 @@ figure span { white-space: nowrap; }
 figure div span { margin-right: .7rem; }
 i { display: inline-block; width: .6rem; height: .6rem; margin-right: .3rem;
   border: 1px solid var(--accent); border-radius: 2px; }
-path { fill: color-mix(in srgb, var(--accent) 15%, var(--card)); }
-path:nth-last-of-type(2) { fill: color-mix(in srgb, var(--accent) 35%, var(--card)); }
-path:nth-last-of-type(3) { fill: color-mix(in srgb, var(--accent) 55%, var(--card)); }
-path:nth-last-of-type(4) { fill: color-mix(in srgb, var(--accent) 75%, var(--card)); }
-path:nth-last-of-type(5) { fill: var(--accent); }
-i { background: color-mix(in srgb, var(--accent) 15%, var(--card)); }
-span:nth-of-type(2) > i { background: color-mix(in srgb, var(--accent) 35%, var(--card)); }
-span:nth-of-type(3) > i { background: color-mix(in srgb, var(--accent) 55%, var(--card)); }
-span:nth-of-type(4) > i { background: color-mix(in srgb, var(--accent) 75%, var(--card)); }
-span:nth-of-type(5) > i { background: var(--accent); }
-b, dd, .number { font-variant-numeric: tabular-nums; font-weight: 600; }
-dl { margin: .6rem 0 0; padding: .5rem .7rem; display: grid; gap: .1rem .7rem;
-  grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); }
-dl div { display: flex; flex-direction: column; }
+path { fill: color-mix(in srgb, var(--accent) var(--part), var(--card)); }
+i { background: color-mix(in srgb, var(--accent) var(--part), var(--card)); }
+.k0 { --part: 15%; } .k1 { --part: 35%; } .k2 { --part: 55%; } .k3 { --part: 75%; }
+.k4 { --part: 100%; }
+b, dd { font-variant-numeric: tabular-nums; font-weight: 600; }
+dl { margin: .6rem 0 0; padding: .5rem .7rem; display: flex; flex-wrap: wrap; gap: .3rem 1rem; }
 dd { margin: 0; }
-.wide { grid-column: span 2; }
-.card { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-tr + tr > *, tbody > tr > * { border-top: 1px solid var(--line); }
+#set th { width: 48%; }
+#set td:last-child { width: 22%; }
+dt::first-letter { text-transform: uppercase; }
+tbody > tr > * { border-top: 1px solid var(--line); }
 th, summary, output, td, input { font-family: ui-monospace, monospace; font-size: .86rem; }
 thead th, summary small { font-family: system-ui, sans-serif; }
 th small { display: block; font-family: system-ui, sans-serif; }
-.number { text-align: right; }
 details { margin-bottom: .3rem; }
 summary { padding: .4rem .7rem; cursor: pointer; }
 details p, form { margin: 0; padding: 0 .7rem .6rem; }
@@ -6670,7 +6632,7 @@ output { flex: 1 0 100%; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (prefers-reduced-motion: no-preference) {
   [aria-busy=true] button { animation: wait 1s infinite alternate; }
   @keyframes wait { to { opacity: .5; } } }
-@media (max-width: 40rem) { nav { margin: 0; } .optional { display: none; } }
+@media (max-width: 40rem) { nav { margin: 0; } th, td { padding: .3rem .4rem; } }
 </style>
 <header><h1>httpd.py</h1><span>$version at $url</span><span id="state" role="status">as of
 $clock</span><nav aria-label="Sections"><a href="#served">Served</a><a href="#commands">Commands</a>
@@ -6679,15 +6641,14 @@ $clock</span><nav aria-label="Sections"><a href="#served">Served</a><a href="#co
 <section id="plots" aria-label="The last five minutes">$plots</section>
 <dl>$facts</dl>
 <section aria-labelledby="served"><h2 id="served">Served</h2><div class="card"><table>
-<thead><tr><th scope="col">Root<th scope="col">Module<th scope="col">Methods
-<th scope="col" class="number">Answers<th scope="col" class="number">Errors
-<th scope="col" class="number">Mean, ms</thead><tbody>$roots</tbody></table></div></section>
+<thead><tr><th scope="col">Root<th scope="col">Module<th scope="col">Methods</thead>
+<tbody>$roots</tbody></table></div></section>
 <section aria-labelledby="commands"><h2 id="commands">Commands</h2>
-<noscript><p>Without JavaScript a command's answer comes with a new page, and the figures stand still.
-</p></noscript>$commands</section>
+<noscript><p>Without JavaScript a command's answer comes with a new page, and the figures stand
+still.</p></noscript>$commands</section>
 <section aria-labelledby="parameters"><h2 id="parameters">Parameters in force</h2>
 <div class="card"><table><thead><tr><th scope="col">Name<th scope="col">Value
-<th scope="col">Set at</thead><tbody>$parameters</tbody></table></div></section>
+<th scope="col">Set at</thead><tbody id="set">$parameters</tbody></table></div></section>
 </main>
 <script>
 "use strict";
@@ -7410,7 +7371,8 @@ def complain(path: str, text: str, parameter: str) -> int:
     """Say what has turned out to be wrong only now, with the line that has set the parameter."""
     if parameter:
         text = "httpd: " + re.sub("^httpd: ", "", text)
-    print("%s: %s" % (places.get(("httpd", parameter), path), text), file=sys.stderr)
+    place = places.get(("httpd", parameter), path)
+    print("%s: %s" % (place, text), file=sys.stderr)
     return 1
 
 

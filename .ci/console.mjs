@@ -74,8 +74,9 @@ async function checkAll(url, axe) {
   const before = await page.getAttribute("#line-rate", "d");
   for (let n = 0; n < 40; n++) await fetch(`${url}tried?${n % 8 ? "" : "fail"}`);
   check("plots move", await until(async () => await page.getAttribute("#line-rate", "d") !== before
-    && Number(await page.textContent("#count-tried")) === 40), await page.textContent("#count-tried"));
-  check("errors are counted", await page.textContent("#failed-tried") === "5", await page.textContent("#failed-tried"));
+    && Number(await page.textContent("#requests")) > 40), await page.textContent("#requests"));
+  check("errors are seen", await until(async () => /,(?!40\.0|50)/.test(await page.getAttribute("#line-errors", "d"))),
+    await page.getAttribute("#line-errors", "d"));
   const element = name => page.locator(`#c-${name}`);
   await element("sums").locator("summary").focus();
   await page.keyboard.press("Enter");
@@ -104,8 +105,8 @@ async function checkAll(url, axe) {
       await page.waitForTimeout(200);
       const wide = await page.evaluate(() => document.documentElement.scrollWidth);
       check(`fits into ${width} pixels, ${scheme}`, wide <= width, wide);
-      const {violations} = await page.evaluate(axe + "; axe.run()");
-      check(`axe-core, ${width} pixels, ${scheme}`, violations.length === 0, violations.map(v => [v.id, v.nodes[0].html, v.nodes[0].failureSummary]));
+      const {passes, violations} = await page.evaluate(axe + "; axe.run()");
+      check(`axe-core, ${width} pixels, ${scheme}`, passes.length > 20 && violations.length === 0, violations.map(v => [v.id, v.nodes[0].html, v.nodes[0].failureSummary]));
       if (shots) await page.screenshot({path: join(shots, `${scheme}-${width}.png`), fullPage: true});
     }
   }

@@ -5963,8 +5963,8 @@ def test_a_forked_child_writes_no_line(logging_server):
 # ------------------------------------------------------------------------------------------------------------- mi_html
 
 HOSTILE = "<script>alert(1)</script>\"'&"
-OWN = b"Origin: http://example"
-FORM = b"Content-Type: application/x-www-form-urlencoded"
+FROM_PAGE = b"Origin: http://example"
+AS_FORM = b"Content-Type: application/x-www-form-urlencoded"
 
 
 @pytest.fixture
@@ -5980,7 +5980,7 @@ def console(server):
 
 def order(content, *fields, path=b"/?data"):
     """A command, as a form of the page sends it."""
-    return post(content, *(fields or (OWN, FORM)), path=path)
+    return post(content, *(fields or (FROM_PAGE, AS_FORM)), path=path)
 
 
 @table("raw, status", [
@@ -5994,12 +5994,12 @@ def order(content, *fields, path=b"/?data"):
     (order(b"command=version", path=b"/x"), 404, "a command to another path"),
     (get(b"/?command=version").replace(b"GET", b"PUT"), 405, "neither GET nor POST"),
     (order(b"command=version"), 200, "a command"),
-    (order(b"command=version", FORM), 403, "no Origin: this is no browser, or an old one"),
-    (order(b"command=version", b"Origin: null", FORM), 403, "the Origin of a sandbox"),
-    (order(b"command=version", b"Origin: http://elsewhere", FORM), 403, "of another site"),
-    (order(b"command=version", b"Origin: http://example:81", FORM), 403, "of another port"),
-    (order(b"command=version", OWN, b"Content-Type: text/plain"), 403, "not as the forms send it"),
-    (order(b"command=version", OWN), 403, "no type"),
+    (order(b"command=version", AS_FORM), 403, "no Origin: this is no browser, or an old one"),
+    (order(b"command=version", b"Origin: null", AS_FORM), 403, "the Origin of a sandbox"),
+    (order(b"command=version", b"Origin: http://elsewhere", AS_FORM), 403, "of another site"),
+    (order(b"command=version", b"Origin: http://example:81", AS_FORM), 403, "of another port"),
+    (order(b"command=version", FROM_PAGE, b"Content-Type: text/plain"), 403, "not as the forms send it"),
+    (order(b"command=version", FROM_PAGE), 403, "no type"),
 ])
 def test_the_console_is_one_page_and_commands_come_from_it_only(server, console, raw, status):
     methods = raw[:4].decode().strip()

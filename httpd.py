@@ -12,7 +12,7 @@ Copy the file into a project and register what answers below a root path:
     httpd.register_httpdcb("example", "hello", hello)
     httpd.run(ip="127.0.0.1", port=8000)
 
-or run it as a management server: `python httpd.py example.cfg`.
+or run it as a management server: `python httpd.py example.cfg`; without a file it shows itself.
 
 How a GET travels through this file, a line for each hop:
 
@@ -74,6 +74,7 @@ from contextvars import copy_context
 from email.utils import formatdate
 from http import HTTPStatus
 from importlib import import_module
+from string import Template
 from types import GeneratorType
 from typing import TYPE_CHECKING
 from typing import Any
@@ -295,6 +296,9 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     "prometheus": (
         Parameter("root", "metrics", "root path of the metrics", kind="root"),
     ),
+    "mi_html": (
+        Parameter("root", "", "root path of the console page; empty: only /", kind="root"),
+    ),
 }
 # The modules of this file: what loads each, with its parameters in force. Their sections put
 # themselves in.
@@ -302,8 +306,8 @@ BUILT_IN: dict[str, Callable[[dict[str, Any]], object]] = {}
 
 params: dict[str, dict[str, Any]] = {}      # module -> the parameters that have been set
 loaded: list[str] = []                      # modules, in the order of loading
-# parameter of httpd -> FILE:LINE, where it has been set there
-places: dict[str, str] = {}
+# module and parameter -> FILE:LINE, where it has been set there
+places: dict[tuple[str, str], str] = {}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -545,8 +549,14 @@ def unquoted(text: str) -> str:
     return re.sub(r'\\(["\\])', r"\1", text[1:-1])
 
 
+# The configuration that is used without a file: what shows itself, on this machine only.
+INSIDE = "[httpd]\nip = 127.0.0.1\n[mi_html]\n[mi_http]\n[prometheus]"
+
+
 def read_lines(path: str) -> list[str]:
-    """The lines of a text. ConfigError if it cannot be read."""
+    """The lines of a text; without a path, of INSIDE. ConfigError if it cannot be read."""
+    if not path:
+        return INSIDE.split("\n")
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -566,7 +576,7 @@ def read_config(path: str, problems: list[str]) -> list[Setting]:
     settings: list[Setting] = []
     section = ""
     for number, raw in enumerate(lines, 1):
-        place = "%s:%d" % (path, number)
+        place = "%s:%d" % (path or "inside", number)
         line = COMMENT.sub(r"\1", raw).strip()
         if not line:
             continue
@@ -597,7 +607,8 @@ def read_override(text: str) -> Setting:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> None:
-    """Read a configuration: set its parameters, then `overrides`, and load its modules.
+    """Read a configuration: set its parameters, then `overrides`, and load its modules. An empty
+    path stands for the configuration inside this file: console, MI and metrics for this machine.
 
     ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread.
     """
@@ -613,7 +624,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     for text in overrides:              # the last one counts
         set_parameters([read_override(text)], modules, problems)
     if not problems:
-        beside = os.path.dirname(os.path.abspath(path))
+        beside = os.path.abspath(directory)
         config_directories.insert(0, beside)
         sys.path.append(beside)         # for what such a module imports
         for module, place in modules.items():
@@ -654,8 +665,7 @@ def set_parameters(settings: list[Setting], modules: Collection[str], problems: 
             modparam(module, name, setting.value)
         except ConfigError as error:
             problems.append("%s: %s" % (setting.place, error))
-        if module == "httpd":
-            places[name] = setting.place
+        places[module, name] = setting.place
 
 
 # ----------------------------------------------------------------------------------------- Registry
@@ -4006,6 +4016,7 @@ class Listener:
         self.path = ""                          # what is to be removed when this process closes it
         self.watched = False
         self.pid = os.getpid()
+        self.defer = 0      # seconds that the kernel waits for a request before it tells
         if sock.family == socket.AF_UNIX:
             name: Any = sock.getsockname()
             self.address = ("unix:" + os.fsdecode(name).replace("\0", "@", 1), 0)
@@ -4016,6 +4027,7 @@ class Listener:
             self.address = sock.getsockname()[:2]
             # the accepted sockets inherit it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.defer = DEFER
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         # What accept() does, without its layer of Python: 2 us of 24 that a connection costs.
         # Private: if it is not there, accept() does.
@@ -4814,7 +4826,7 @@ class Server:
                 continue
             connection.turn()
             if self.requests == before and connection.is_silent():
-                connection.deadline -= DEFER                # it has been silent for so long already
+                connection.deadline -= loop.listener.defer      # it has been silent so long already
         if loop.sharing is not None:
             loop.sharing.look()
 
@@ -6836,6 +6848,490 @@ checks["log format"] = check_log_format
 companions.append(begin_access_log)
 
 
+# ------------------------------------------------------------------------------------------ mi_html
+# The console: a page with what a server does, and a form for each MI command. It is read without
+# JavaScript too; with it the figures move. Whatever stands in it has gone through html() or escape.
+
+POINT_SECONDS = 2.0
+POINTS = 150                            # of a plot: five minutes
+UNWATCHED = 60.0                        # seconds after the last view that the history ends
+HTML_ESCAPES = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+SHOWN_STATES = ("idle", "receiving", "sending", "suspended", "closing")
+
+
+Point = Dict[str, float]                # what the plots show of a time, by the name of the line
+
+
+class Reading(NamedTuple):
+    """What the counters say at a time."""
+    at: float
+    answered: int
+    errors: int                         # of them with a status from 400 up
+    buckets: list[int]
+
+
+class Plot(NamedTuple):
+    """A picture of the last minutes. Its lines have the names of what they show."""
+    title: str
+    lines: tuple[str, ...]
+    stacked: bool = False               # each line begins where the one before it ends
+    full: str = ""                      # what its height stands for; empty: the highest value
+
+
+PLOTS = (
+    Plot("Requests/s", ("rate",)),
+    Plot("Errors/s", ("errors",)),
+    Plot("Latency, ms", ("median", "p95")),
+    Plot("KiB held", ("held",), full="budget"),
+    Plot("Connections", SHOWN_STATES, stacked=True),
+)
+
+
+def html(pattern: str, *values: Any) -> str:
+    """The pattern with the values in it, escaped."""
+    return pattern % tuple(str(value).translate(HTML_ESCAPES) for value in values)
+
+
+def take_reading(server: Server) -> Reading:
+    buckets, errors = [0] * BUCKETS, 0
+    for series, numbers in server.counters.series().items():
+        if series[0] == "httpd_requests_total":
+            buckets = list(map(operator.add, buckets, numbers))
+            if series[3][0] in "45":
+                errors += sum(numbers[:BUCKETS])
+    return Reading(server.now, server.counters.totals()[REQUESTS], errors, buckets)
+
+
+def quantile(counts: Sequence[int], share: float) -> float:
+    """Milliseconds that this share of the requests took at most, as if even within a bucket."""
+    left, low = share * sum(counts), 0.0
+    for bound, count in zip((*BUCKET_BOUNDS, BUCKET_BOUNDS[-1]), counts):
+        if count and left <= count:
+            return 1000 * (low + (bound - low) * left / count)
+        left, low = left - count, bound
+    return 0.0
+
+
+class History:
+    """What the plots show. It lives beside a server from the first view to a minute after the last:
+    when nobody looks, nothing is counted for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.seen = server.now
+        self.points: deque[Point] = deque(maxlen=POINTS)
+        self.counts = count_response not in observers       # without the module prometheus
+        if self.counts:
+            observers.append(self.count)
+        server.loop.companions.append(self)
+        self.before = take_reading(server)
+        self.tick()
+
+    def count(self, response: Response) -> None:
+        if response.server is self.server:
+            count_response(response)
+
+    def tick(self) -> None:
+        if self.server.now - self.seen > UNWATCHED:
+            self.server.loop.companions.remove(self)
+            self.close()
+            return
+        self.timer = self.server.call_later(POINT_SECONDS, self.tick)
+        before, self.before = self.before, take_reading(self.server)
+        self.points.append(self.point(before, self.before))
+
+    def point(self, before: Reading, now: Reading) -> Point:
+        measure(self.server)
+        cells = self.server.counters.totals()
+        seconds = max(now.at - before.at, 0.001)
+        buckets = list(map(operator.sub, now.buckets, before.buckets))
+        point: Point = dict(zip(SHOWN_STATES, cells[IDLE:]))
+        point["rate"] = (now.answered - before.answered) / seconds
+        point["errors"] = (now.errors - before.errors) / seconds
+        point["median"] = quantile(buckets, 0.5)
+        point["p95"] = quantile(buckets, 0.95)
+        point["held"] = cells[HELD_BYTES] / 1024
+        point["budget"] = cells[BUDGET_BYTES] / 1024
+        return point
+
+    def reload(self) -> None:
+        """Nothing of it is in files."""
+
+    def close(self) -> None:
+        self.timer.close()
+        if self.counts:
+            observers.remove(self.count)
+
+
+def watched(server: Server) -> History:
+    """The history of a server, now that somebody looks at it."""
+    for companion in server.loop.companions:
+        if isinstance(companion, History):
+            companion.seen = server.now
+            return companion
+    return History(server)
+
+
+def short(number: float) -> str:
+    if number and number < 100 and number != int(number):
+        return "%.2g" % number
+    return format(number, ",.0f")
+
+
+def draw(values: Sequence[float], top: float) -> str:
+    """An area, the newest value on the right. Of its edge only the upper side is in the picture."""
+    begin = POINTS - len(values)
+    steps = ["M%d,50L" % begin]
+    for x, value in enumerate([*values, values[-1]], begin):
+        steps.append("%d,%.1f" % (x, 40 - 38 * value / top))
+    return " ".join(steps) + "V50Z"
+
+
+def draw_plot(plot: Plot, points: Collection[Point]) -> dict[str, str]:
+    """The texts and the shapes of a plot, by the id of the element that shows them."""
+    found, columns = {}, {}
+    heights = [0.0] * len(points)
+    for name in plot.lines:
+        column = [point[name] for point in points]
+        found[name] = short(column[-1])
+        if plot.stacked:
+            column = heights = list(map(operator.add, heights, column))
+        columns[name] = column
+    columns[""] = [point.get(plot.full, 1.0) for point in points]
+    top = max(map(max, columns.values()))
+    found["top-" + plot.lines[0]] = short(top)
+    for name in plot.lines:
+        found["line-" + name] = draw(columns[name], top)
+    return found
+
+
+def figures(server: Server) -> dict[str, str]:
+    """All that moves, by the id of the element that shows it."""
+    points = watched(server).points
+    found = {}
+    for name, total in zip(CELLS[:CONNECTIONS], server.counters.totals()):
+        found[name] = short(total)
+    for plot in PLOTS:
+        found.update(draw_plot(plot, points))
+    return found
+
+
+def show_plots(found: dict[str, str]) -> str:
+    text = ""
+    for plot in PLOTS:
+        keys, shapes = "", ""
+        for number, name in enumerate(plot.lines):
+            keys += html('<span><i class="k%s"></i>%s <b id="%s">%s</b></span>',
+                         number, name, name, found[name])
+            # in a stack, the lower ones stand before the higher ones
+            shapes = html('<path class="k%s" id="line-%s" d="%s"/>',
+                          number, name, found["line-" + name]) + shapes
+        top = "top-" + plot.lines[0]
+        text += html('<figure><figcaption>%s</figcaption><small>max <span id="%s">%s</span></small>'
+                     '<svg viewBox="0 0 149 40" preserveAspectRatio="none" role="img" '
+                     'aria-label="%s, the last five minutes">',
+                     plot.title, top, found[top], plot.title)
+        text += "%s</svg><div>%s</div></figure>" % (shapes, keys)
+    return text
+
+
+def show_facts(server: Server, found: dict[str, str]) -> str:
+    """What is known of the server, in pairs."""
+    expires = server.transport.expires
+    certificate = "none: plain HTTP"
+    if expires:
+        days = (expires - time.time()) / 86400
+        certificate = time.strftime("%Y-%m-%d", time.gmtime(expires)) + ", %d days left" % days
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(STARTED))
+    facts = [("up since", "up", since), ("certificate until", "certificate", certificate)]
+    for name in CELLS[:CONNECTIONS]:
+        facts.append((name.replace("_", ", "), name, found[name]))
+    return "".join(html('<div><dt>%s</dt><dd id="%s">%s</dd></div>', *fact) for fact in facts)
+
+
+def show_roots() -> str:
+    text = ""
+    for root in tuple(roots.values()):
+        path = html("/%s", root.name)
+        if "GET" in root.handlers:
+            path = html('<a href="/%s">/%s</a>', root.name, root.name)
+        text += "<tr><th scope=row>" + path
+        text += html("</th><td>%s</td><td>%s</td></tr>", root.module, " ".join(root.handlers))
+    return text
+
+
+def show_parameters(server: Server) -> str:
+    """Those in force, and where they were set. What other modules are told may be secret."""
+    text = ""
+    for module in ["httpd", *loaded]:
+        rows = {row.name: row for row in PARAMETERS.get(module, ())}
+        for name, value in in_force(module).items():
+            row = rows.get(name, Parameter(name, "", "", kind="secret"))
+            place = places.get((module, name), "default")
+            if module == "httpd":
+                value = getattr(server.params, name)            # zeros resolved
+            if place == "default" and row.default not in (0, value):
+                place = "the program"
+            if row.kind == "secret" and value:
+                value = "set, not shown"
+            text += html(
+                "<tr><th scope=row>%s.%s<small>%s</small></th><td>%s</td><td>%s</td></tr>",
+                module, name, row.meaning, value, place)
+    return text
+
+
+def command_parameters(name: str) -> list[inspect.Parameter]:
+    """None, if there is no such command or nobody knows its signature."""
+    try:
+        return list(mi_signature(mi_commands[name].function).parameters.values())
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def show_command(name: str, answer: Optional[str]) -> str:
+    """A form; with the answer, if it has just been run."""
+    fields, names = "", []
+    for parameter in command_parameters(name):
+        names.append(parameter.name)
+        hint, required = "", " required"
+        if parameter.annotation in NUMBERS:
+            hint = "a number "
+        if parameter.default is not parameter.empty:
+            hint, required = hint + "(default %s)" % parameter.default, ""
+        fields += html('<label>%s <input name=".%s" placeholder="%s"%s></label>',
+                       parameter.name, parameter.name, hint, required)
+    is_open = ""
+    if answer is not None:
+        is_open = " open"
+    told, _, _ = (mi_commands[name].function.__doc__ or "").partition("\n")
+    head = html('<details id="c-%s"%s><summary>%s <small>%s</small></summary><p>%s</p>'
+                '<form method="post" action="#c-%s" autocomplete="off">'
+                '<input type="hidden" name="command" value="%s">',
+                name, is_open, name, " ".join(names), told, name, name)
+    return head + fields + html(
+        '<button aria-label="Run %s">Run</button><output>%s</output></form></details>',
+        name, answer or "")
+
+
+def show_console(server: Server, answers: dict[str, str]) -> str:
+    """The page, with the answers to commands that were run."""
+    found = figures(server)
+    commands = [show_command(name, answers.get(name)) for name in sorted(mi_commands)]
+    return CONSOLE.substitute(
+        version=html("%s", __version__), url=html("%s", server.url),
+        clock=time.strftime("%H:%M:%S"), plots=show_plots(found), facts=show_facts(server, found),
+        roots=show_roots(), commands="".join(commands), parameters=show_parameters(server))
+
+
+def called(request: Request) -> Batch:
+    """What a form of the page asks for, begun. A browser says of each form whose page has it."""
+    told = request.media_type == URLENCODED and "origin" in request.headers
+    if not told or not is_from_own_page(request):
+        raise HTTPError(403, "only the forms of this page may send commands here")
+    name = request.lookup_arg("command", "")
+    given = {}
+    for parameter in command_parameters(name):
+        value = request.lookup_arg("." + parameter.name, "")
+        if value or parameter.default is parameter.empty:
+            given[parameter.name] = value
+            if value[:1] in ("[", "{"):
+                with suppress(ValueError, RecursionError):      # else it is text
+                    given[parameter.name] = json_decoder.decode(value)
+    call = Call("", name, mi_commands.get(name), given, "1", True)
+    calls = Calls([call], alone=True)
+    request.note = names_for_log(calls)
+    return Batch(calls, request)
+
+
+def readable(answer: str) -> str:
+    """A JSON-RPC response for people."""
+    said = json.loads(answer)
+    if "result" in said:
+        return json.dumps(said["result"], indent=2, ensure_ascii=False)
+    fault = said["error"]
+    return "Error %d: %s. %s" % (fault["code"], fault["message"], fault.get("data", ""))
+
+
+CONSOLE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>httpd.py at $url</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --text: #1c2126; --quiet: #58626e; --line: #dfe3e8;
+  --back: #f5f6f8; --card: #fff; --accent: #0b6a88; }
+@media (prefers-color-scheme: dark) { :root { --text: #e2e6ea; --quiet: #98a3af;
+  --line: #2c333b; --back: #111417; --card: #191d22; --accent: #5cbad6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 75rem; color: var(--text);
+  background: var(--back); font: 14px/1.45 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: baseline;
+  padding: 1rem 0 .6rem; }
+h1 { margin: 0; font-size: 1.3rem; }
+h2 { margin: 1.8rem 0 .5rem; font-size: 1rem; }
+nav { margin-left: auto; display: flex; gap: 1rem; }
+a { color: var(--accent); }
+small, dt, thead th, figcaption, header span { color: var(--quiet); font-weight: 400;
+  font-size: .86rem; }
+.card, figure, dl, details { background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; }
+#plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.9rem, 1fr)); gap: .6rem; }
+figure { margin: 0; padding: .5rem .7rem; display: grid; grid-template-columns: 1fr auto;
+  align-content: start; }
+figure:last-child { grid-column: span 2; }
+figure > svg, figure > div { grid-column: 1 / 3; }
+svg { width: 100%; height: 4.5rem; margin: .3rem 0; border-bottom: 1px solid var(--line); }
+path { vector-effect: non-scaling-stroke; stroke: var(--accent); stroke-width: 1.5; }
+figure span { white-space: nowrap; }
+figure div span { margin-right: .7rem; }
+i { display: inline-block; width: .6rem; height: .6rem; margin-right: .3rem;
+  border: 1px solid var(--accent); border-radius: 2px; }
+path { fill: color-mix(in srgb, var(--accent) var(--part), var(--card)); }
+i { background: color-mix(in srgb, var(--accent) var(--part), var(--card)); }
+.k0 { --part: 15%; } .k1 { --part: 35%; } .k2 { --part: 55%; } .k3 { --part: 75%; }
+.k4 { --part: 100%; }
+b, dd { font-variant-numeric: tabular-nums; font-weight: 600; }
+dl { margin: .6rem 0 0; padding: .5rem .7rem; display: flex; flex-wrap: wrap; gap: .3rem 1rem; }
+dd { margin: 0; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+#set th { width: 48%; }
+#set td:last-child { width: 22%; }
+dt::first-letter { text-transform: uppercase; }
+tbody > tr > * { border-top: 1px solid var(--line); }
+th, summary, output, td, input { font-family: ui-monospace, monospace; font-size: .86rem; }
+thead th, summary small { font-family: system-ui, sans-serif; }
+th small { display: block; font-family: system-ui, sans-serif; }
+details { margin-bottom: .3rem; }
+summary { padding: .4rem .7rem; cursor: pointer; }
+details p, form { margin: 0; padding: 0 .7rem .6rem; }
+form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end; }
+label { flex: 1 1 12rem; max-width: 24rem; }
+input { display: block; width: 100%; padding: .35rem .5rem; color: inherit;
+  background: var(--back); border: 1px solid var(--quiet); border-radius: 4px; }
+::placeholder { color: var(--quiet); opacity: 1; }
+button { padding: .35rem 1rem; font: inherit; color: var(--card); background: var(--accent);
+  border: 1px solid var(--accent); border-radius: 4px; cursor: pointer; }
+[aria-busy=true] button { color: var(--accent); background: none; }
+output { flex: 1 0 100%; white-space: pre-wrap; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+@media (prefers-reduced-motion: no-preference) {
+  [aria-busy=true] button { animation: wait 1s infinite alternate; }
+  @keyframes wait { to { opacity: .5; } } }
+@media (max-width: 40rem) { nav { margin: 0; } th, td { padding: .3rem .4rem; } }
+</style>
+<header><h1>httpd.py</h1><span>$version at $url</span><span id="state" role="status">as of
+$clock</span><nav aria-label="Sections"><a href="#served">Served</a><a href="#commands">Commands</a>
+<a href="#parameters">Parameters</a></nav></header>
+<main>
+<section id="plots" aria-label="The last five minutes">$plots</section>
+<dl>$facts</dl>
+<section aria-labelledby="served"><h2 id="served">Served</h2><div class="card"><table>
+<thead><tr><th scope="col">Root<th scope="col">Module<th scope="col">Methods</thead>
+<tbody>$roots</tbody></table></div></section>
+<section aria-labelledby="commands"><h2 id="commands">Commands</h2>
+<noscript><p>Without JavaScript a command's answer comes with a new page, and the figures stand
+still.</p></noscript>$commands</section>
+<section aria-labelledby="parameters"><h2 id="parameters">Parameters in force</h2>
+<div class="card"><table><thead><tr><th scope="col">Name<th scope="col">Value
+<th scope="col">Set at</thead><tbody id="set">$parameters</tbody></table></div></section>
+</main>
+<script>
+"use strict";
+const byId = id => document.getElementById(id);
+async function look() {
+  let state = "live";
+  try {
+    if (!document.hidden) {
+      const answer = await fetch("?data", {signal: AbortSignal.timeout(9000)});
+      for (const [id, text] of Object.entries(await answer.json())) {
+        const element = byId(id);
+        if (element instanceof SVGElement) element.setAttribute("d", text);
+        else if (element) element.textContent = text;
+      }
+    }
+  } catch { state = "no answer from the server"; }
+  if (byId("state").textContent != state) byId("state").textContent = state;
+  setTimeout(look, 2000);
+}
+document.addEventListener("submit", async event => {
+  event.preventDefault();
+  const form = event.target, button = form.querySelector("button"), begun = Date.now();
+  const output = form.querySelector("output");
+  if (form.ariaBusy == "true") return;
+  const clock = setInterval(() => {
+    button.textContent = "Running, " + Math.round((Date.now() - begun) / 1000) + " s";
+  }, 1000);
+  form.ariaBusy = "true";
+  output.textContent = "Running";
+  try {
+    const body = new URLSearchParams(new FormData(form));
+    output.textContent = await (await fetch("?data", {method: "POST", body})).text();
+  } catch { output.textContent = "No answer from the server."; }
+  clearInterval(clock);
+  form.ariaBusy = "false";
+  button.textContent = "Run";
+});
+look();
+</script>
+</html>
+""")
+
+
+@functools.lru_cache(maxsize=None)
+def console_headers() -> FieldPairs:
+    """Nothing but what stands in the page may run, style or be asked for."""
+    from base64 import b64encode
+    policy = ("default-src 'none'; connect-src 'self'; form-action 'self'; img-src data:; "
+              "base-uri 'none'; frame-ancestors 'none'")
+    for kind, text in re.findall("<(style|script)>(.*?)</", CONSOLE.template, re.DOTALL):
+        policy += "; %s-src 'sha256-%s'" % (kind, b64encode(digest(text.encode())).decode())
+    return (
+        ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"),
+        ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
+        # no-referrer would take the Origin from the forms too
+        ("Referrer-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cross-Origin-Resource-Policy", "same-origin"))
+
+
+def answer_console(request: Request, page: Page) -> int:
+    """The access handler of mi_html."""
+    if request.url not in ("", "/"):
+        raise HTTPError(404, "nothing is registered for this path")
+    page.set_headers(console_headers())
+    server = request._connection.server
+    answers = {}
+    if request.method == "POST":
+        batch: Batch = request.state or called(request)
+        text = batch.text()
+        if text is None:
+            request.state = batch
+            return SUSPEND
+        answers[batch.calls.members[0].method] = readable(text)
+    if request.query != "data":
+        text = show_console(server, answers)
+    elif answers:
+        page.content_type, text = "text/plain; charset=utf-8", "".join(answers.values())
+    else:
+        page.content_type, text = JSON, encode_json(figures(server))
+    text = SURROGATE.sub("\ufffd", text)
+    try:
+        page.write(text)
+    except BufferError:
+        spool_answer(text.encode(), request, page)
+    return 200
+
+
+def load_mi_html(parameters: dict[str, Any]) -> None:
+    register_httpdcb("mi_html", parameters["root"], answer_console, flush_spool, management=True)
+
+
+BUILT_IN["mi_html"] = load_mi_html
+
+
 # --------------------------------------------------------------------------------------------- WSGI
 # PEP 3333 on the public callbacks. An answer that is all there goes on the page; any other is
 # pieces, for flush_data_cb. Figures are us of CPU that a request costs without the kernel.
@@ -7478,6 +7974,29 @@ class Worker:
         self.looks = 0                  # that have found it late, one after the other
 
 
+class Signals:
+    """Signals that have come, for a loop that watches `bell`: it does what they want, not the
+    handler, which may come in the middle of anything."""
+
+    def __init__(self) -> None:
+        self.numbers: deque[int] = deque()
+        self.bell, self.button = socket.socketpair()
+        self.bell.setblocking(False)
+        self.button.setblocking(False)
+
+    def note(self, number: int, frame: Any) -> None:
+        """The handler."""
+        self.numbers.append(number)
+        with suppress(OSError):             # enough have rung, or all is over
+            self.button.send(b"!")
+
+    def take(self) -> Iterator[int]:
+        with suppress(BlockingIOError):
+            self.bell.recv(4096)
+        while self.numbers:
+            yield self.numbers.popleft()
+
+
 class Process:
     """What run() does: a server with its signals, its supervisor and its successor."""
 
@@ -7485,6 +8004,7 @@ class Process:
         self.server = server
         self.environment = take_environment()
         self.directory = os.getcwd()
+        self.signals = Signals()
         self.stops = 0                  # signals to stop so far
         self.successor: Optional[subprocess.Popen[bytes]] = None
         inherited = self.environment.listener
@@ -7590,6 +8110,7 @@ class Alone(Process):
 
     def run(self) -> None:
         server = self.server
+        server.watch(self.signals.bell, self.obey)
         initialize(server)              # before anybody is told that it serves
         if self.environment.watchdog:
             keep_watchdog(self)
@@ -7597,19 +8118,19 @@ class Alone(Process):
         freeze_collector()
         server.run()
 
-    def stop(self, number: int, frame: Any) -> None:
-        self.notify("STOPPING=1")
-        self.server.stop(0 if self.stops else None)
-        self.stops += 1
+    def obey(self) -> None:
+        """What signals want."""
+        for number in self.signals.take():
+            if number == signal.SIGHUP:
+                self.reload()
+            elif number == signal.SIGUSR2:
+                self.restart()
+            else:
+                self.notify("STOPPING=1")
+                self.server.stop(0 if self.stops else None, wait=False)
+                self.stops += 1
 
-    def hang_up(self, number: int, frame: Any) -> None:
-        self.reload()
-
-    def restart(self, number: int, frame: Any) -> None:
-        self.server.call_later(0, self.begin_restart)
-        self.server.loop.mailbox.ring()
-
-    def begin_restart(self) -> None:
+    def restart(self) -> None:
         reading = self.start_successor()
         if reading >= 0:
             watch: Watch = self.server.watch(reading, lambda: self.end_restart(watch, reading))
@@ -7628,19 +8149,14 @@ class Parent(Process):
         server.counters = Counters(count)
         server.sharing = Part(server)
         self.workers = [Worker(number) for number in range(count)]
-        self.signals: deque[int] = deque()      # that have come
-        self.bell, self.button = socket.socketpair()
         self.lifeline = os.pipe()               # its end is this process' end
         self.pipes: dict[int, Worker] = {}      # by which workers say that they are ready
         self.restarting = -1                    # the same of a successor
         self.begun = False                      # all have been ready once
         self.kill_at = math.inf                 # when the grace of stop() is over
-        for sock in (self.bell, self.button):
-            sock.setblocking(False)
 
     def run(self) -> None:
         freeze_collector()
-        before = signal.set_wakeup_fd(self.button.fileno())
         try:
             while self.kill_at == math.inf or any(worker.pid for worker in self.workers):
                 self.turn()
@@ -7649,13 +8165,6 @@ class Parent(Process):
                 if worker.pid:
                     os.kill(worker.pid, signal.SIGKILL)
                     os.waitpid(worker.pid, 0)
-            signal.set_wakeup_fd(before)
-
-    def note(self, number: int, frame: Any) -> None:
-        """The handler of all signals: turn() looks at them."""
-        self.signals.append(number)
-
-    stop = hang_up = restart = note
 
     def turn(self) -> None:
         """Wait for something, at most a moment, and see to all."""
@@ -7663,14 +8172,12 @@ class Parent(Process):
         for worker in self.workers:
             if not worker.pid and self.kill_at == math.inf and now >= worker.started + BEAT:
                 self.start(worker)
-        files: list[Any] = [self.bell, *self.pipes]
+        files: list[Any] = [self.signals.bell, *self.pipes]
         if self.restarting >= 0:
             files.append(self.restarting)
         ready, _, _ = select.select(files, [], [], BEAT / 2)
-        with suppress(BlockingIOError):
-            self.bell.recv(4096)
-        while self.signals:
-            self.obey(self.signals.popleft())
+        for number in self.signals.take():
+            self.obey(number)
         for file in ready:
             if file in self.pipes:
                 self.hear(file, self.pipes.pop(file))
@@ -7697,16 +8204,16 @@ class Parent(Process):
         """In the new process: serve. The status that it ends with."""
         server = self.server
         try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
-                signal.signal(number, self.obey_as_worker)
-            signal.signal(signal.SIGINT, lambda number, frame: None)    # Ctrl-C is for the parent
+            self.signals = Signals()            # of its own
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, self.signals.note)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for descriptor in (self.lifeline[1], *self.pipes):
                 os.close(descriptor)
             server.counters.take(worker.number)
             if worker.number:
                 pending_services.clear()        # they are for the first one
+            server.watch(self.signals.bell, self.obey_as_worker)
             server.watch(self.lifeline[0], functools.partial(server.stop, wait=False))
             beat(self)
             initialize(server)
@@ -7720,15 +8227,16 @@ class Parent(Process):
             log.exception("worker %d has failed", worker.number)
         return 1
 
-    def obey_as_worker(self, number: int, frame: Any) -> None:
-        """In a worker: what its parent wants."""
-        if number == signal.SIGHUP:
-            self.server.reload()
-        elif number == signal.SIGUSR2:
-            self.server.stop(wait=False, kept=KEPT_TIME)
-        else:
-            self.server.stop(0 if self.stops else None, wait=False)
-            self.stops += 1
+    def obey_as_worker(self) -> None:
+        """In a worker: what its parent wants. Ctrl-C is for the parent only."""
+        for number in self.signals.take():
+            if number == signal.SIGHUP:
+                self.server.reload()
+            elif number == signal.SIGUSR2:
+                self.server.stop(wait=False, kept=KEPT_TIME)
+            elif number == signal.SIGTERM:
+                self.server.stop(0 if self.stops else None, wait=False)
+                self.stops += 1
 
     def tell(self, number: int) -> None:
         """Send a signal to every worker."""
@@ -7832,20 +8340,21 @@ def run(**parameters: Any) -> None:
         process = Alone(server)
     else:
         process = Parent(server, count)
-    wanted = {signal.SIGTERM: process.stop, signal.SIGINT: process.stop,
-              signal.SIGHUP: process.hang_up, signal.SIGUSR2: process.restart}
+    wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2]
     if isinstance(process, Parent):
-        wanted[signal.SIGCHLD] = process.note
+        wanted.append(signal.SIGCHLD)
     previous = {}
     try:
-        for number, handler in wanted.items():
-            previous[number] = signal.signal(number, handler)
+        for number in wanted:
+            previous[number] = signal.signal(number, process.signals.note)
         process.run()
     finally:
         server.stop(0)
         server.bind().close()
         for number, before in previous.items():
             signal.signal(number, before)
+        process.signals.bell.close()
+        process.signals.button.close()
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -7891,13 +8400,27 @@ def print_in_force() -> None:
         print("# /%s  %s" % (root.name, root.module))
 
 
+def print_beginning() -> None:
+    """What -t shows without a file: a configuration to begin with."""
+    Server()                            # ConfigError, if they do not fit together
+    for module in ["httpd", *loaded]:
+        print("[%s]" % module)
+        for row in PARAMETERS[module]:
+            value, sign = in_force(module)[row.name], "# "
+            if value != row.default:
+                sign = ""
+            print("# %s\n%s%s = %s" % (row.meaning, sign, row.name, value))
+        print()
+
+
 def make_parser() -> argparse.ArgumentParser:
     import argparse                     # 6 ms, and only the command line needs it
     parser = argparse.ArgumentParser(
         prog="httpd.py", description="A management server over HTTP.", epilog=describe_parameters(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("file", help="the configuration")
+    add("file", nargs="?", default="",
+        help="the configuration; without: the console page, /mi and /metrics for this machine")
     add("-t", action="store_true", help="check the file, print what would be in force")
     add("-o", metavar="NAME=VALUE", action="append", default=[],
         help="set a parameter over the file")
@@ -7910,7 +8433,8 @@ def complain(path: str, text: str, parameter: str) -> int:
     """Say what has turned out to be wrong only now, with the line that has set the parameter."""
     if parameter:
         text = "httpd: " + re.sub("^httpd: ", "", text)
-    print("%s: %s" % (places.get(parameter, path), text), file=sys.stderr)
+    place = places.get(("httpd", parameter), path)
+    print("%s: %s" % (place, text), file=sys.stderr)
     return 1
 
 
@@ -7929,14 +8453,16 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        if options.t:
+        if options.t and options.file:
             print_in_force()
+        elif options.t:
+            print_beginning()
         else:
             run()
     except ConfigError as error:
-        return complain(options.file, str(error), error.parameter)
+        return complain(options.file or "inside", str(error), error.parameter)
     except OSError as error:
-        return complain(options.file, str(error.strerror), "port")
+        return complain(options.file or "inside", str(error.strerror), "port")
     return 0
 
 

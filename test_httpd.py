@@ -3722,6 +3722,19 @@ def test_a_large_answer_to_a_unix_socket_at_the_readers_pace(unix):
         assert server.counters.row[httpd.OUTPUT_TIMEOUTS] == 0
 
 
+def test_a_silent_client_of_a_unix_socket_has_its_time(unix, later):
+    """Nothing defers the accept there: its silence begins with it."""
+    server = httpd.Server(port=0, ip="unix:" + unix, conn_timeout=1)
+    assert server.url
+    with connect_unix(unix) as client:
+        wait_for(lambda: server.connections, server)
+        later(0.9)
+        server.run_once(0)
+        client.sendall(get(b"/nothing"))
+        assert pump(server, client)[0].startswith(b"HTTP/1.1 404 ")
+    server.stop(0)
+
+
 def leave_socket(path):
     """What a server leaves that was killed."""
     with socket.socket(socket.AF_UNIX) as dead:
@@ -6482,6 +6495,217 @@ def test_a_forked_child_writes_no_line(logging_server):
     assert len(lines()) == 1
 
 
+# ------------------------------------------------------------------------------------------------------------- mi_html
+
+HOSTILE = "<script>alert(1)</script>\"'&"
+FROM_PAGE = b"Origin: http://example"
+AS_FORM = b"Content-Type: application/x-www-form-urlencoded"
+
+
+@pytest.fixture
+def console(server):
+    """Ask for the page; returns the answer."""
+    httpd.loadmodule("mi_html")
+
+    def ask(path=b"/", raw=b""):
+        return answers(exchange(server, raw or get(path))[0])[0]
+
+    return ask
+
+
+def order(content, *fields, path=b"/?data"):
+    """A command, as a form of the page sends it."""
+    return post(content, *(fields or (FROM_PAGE, AS_FORM)), path=path)
+
+
+@table("raw, status", [
+    (get(b"/"), 200, "the page"),
+    (get(b"/").replace(b"GET", b"HEAD"), 200, "its head"),
+    (get(b"/?x"), 200, "a query that says nothing"),
+    (get(b"/?data"), 200, "what moves"),
+    (get(b"/index.html"), 404, "another path"),
+    (get(b"//"), 404, "nearly the path"),
+    (get(b"/favicon.ico"), 404, "what browsers ask for"),
+    (order(b"command=version", path=b"/x"), 404, "a command to another path"),
+    (get(b"/?command=version").replace(b"GET", b"PUT"), 405, "neither GET nor POST"),
+    (order(b"command=version"), 200, "a command"),
+    (order(b"command=version", AS_FORM), 403, "no Origin: this is no browser, or an old one"),
+    (order(b"command=version", b"Origin: null", AS_FORM), 403, "the Origin of a sandbox"),
+    (order(b"command=version", b"Origin: http://elsewhere", AS_FORM), 403, "of another site"),
+    (order(b"command=version", b"Origin: http://example:81", AS_FORM), 403, "of another port"),
+    (order(b"command=version", FROM_PAGE, b"Content-Type: text/plain"), 403, "not as the forms send it"),
+    (order(b"command=version", FROM_PAGE), 403, "no type"),
+])
+def test_the_console_is_one_page_and_commands_come_from_it_only(server, console, raw, status):
+    methods = raw[:4].decode().strip()
+    answer = answers(exchange(server, raw, methods=methods)[0], methods)[0]
+    assert answer.status == status
+
+
+def test_what_the_console_sends_is_bound_to_itself(console):
+    answer = console()
+    policy = answer.headers["Content-Security-Policy"]
+    for kind in ("style", "script"):
+        (text,) = re.findall(b"<%s>(.*?)</%s>" % (kind.encode(), kind.encode()), answer.body, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert "; %s-src 'sha256-%s'" % (kind, digest) in policy
+    assert policy.startswith("default-src 'none'; ") and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert not re.search(rb" style=| on[a-z]+=|(?:src|href)=\"?(?:http|//)", answer.body)
+    for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+                        ("X-Frame-Options", "DENY"), ("Referrer-Policy", "same-origin")):
+        assert answer.headers[name] == value
+
+
+def test_the_console_is_for_localhost(server):
+    httpd.loadmodule("mi_html")
+    with httpd.Server(**{**LOCAL, "allowed_hosts": ""}) as other:
+        assert raw_get(other.port, raw=get(b"/")) == 421
+        assert raw_get(other.port, raw=get(b"/").replace(HOST, b"Host: localhost\r\n")) == 200
+
+
+def test_the_console_shows_what_is_in_force_and_no_secret(server, console, tmp_path, monkeypatch):
+    monkeypatch.setattr(httpd, "places", {})
+    (tmp_path / "spoken.py").write_text("def mod_init(params):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    httpd.load_config(config(tmp_path, '[httpd]\nauth_realm = "%s"\n[mi_http]\nthreads = 3\n[spoken]\nkey = xyzzy1'
+                             % HOSTILE.replace('"', '\\"')))
+    with httpd.Server(**LOCAL, auth_username="me", auth_password="xyzzy2") as other, connect(other) as client:
+        client.say(get(b"/", b"Authorization: Basic " + base64.b64encode(b"me:xyzzy2")))
+        page = answers(read(client, 1))[0].body.decode()
+    assert "xyzzy" not in page and page.count("set, not shown") == 2
+    assert "<td>%s</td><td>%s:2</td>" % (HOSTILE.translate(httpd.HTML_ESCAPES), tmp_path / "test.cfg") in page
+    assert "<td>3</td><td>%s:4</td>" % (tmp_path / "test.cfg") in page
+    assert "<td>me</td><td>the program</td>" in page
+    assert "<td>10.0</td><td>default</td>" in page
+    assert "none: plain HTTP" in page
+
+
+def test_the_console_shows_the_days_of_the_certificate(pki):
+    httpd.loadmodule("mi_html")
+    server = httpd.Server(**LOCAL, tls_cert_file=str(pki / "rsa.pem"), tls_key_file=str(pki / "rsa.key"))
+    days = (server.transport.expires - time.time()) / 86400
+    server.port
+    page = httpd.show_console(server, {})
+    assert re.search(r'<dd id="certificate">\d{4}-\d\d-\d\d, %d days left</dd>' % days, page)
+    server.stop(0)
+
+
+def test_hostile_names_are_text(server, console):
+    def command(number: int, text=HOSTILE, *, other=None):
+        return [number, text]
+
+    command.__doc__ = HOSTILE
+    httpd.register_mi("hostile", command)
+    httpd.register_mi("unreadable", dict)
+    httpd.register_httpdcb(HOSTILE, "hostile", echo, methods=("GET", "X-'&"))
+    page = console(raw=order(b"command=hostile&.number=%2D7&.other=", path=b"/")).body.decode()
+    assert "<script>alert" not in page and page.count(HOSTILE.translate(httpd.HTML_ESCAPES)) == 3
+    assert 'name=".number" placeholder="a number " required>' in page
+    assert '<details id="c-hostile" open>' in page
+    assert json.dumps([-7, HOSTILE], indent=2).translate(httpd.HTML_ESCAPES) + "</output>" in page
+    assert "GET X-&#39;&amp; HEAD OPTIONS" in page
+    httpd.register_mi("surrogate", lambda: "\ud800")
+    assert console(raw=order(b"command=surrogate")).body.decode() == '"\ufffd"'
+
+
+@table("form, expected", [
+    (b"command=join&.first=a", b'["a","b",null]', "what is empty or missing has its default"),
+    (b"command=join&.first=&.second=", b'["","b",null]', "but what has none is empty text"),
+    (b"command=join&.first=%5B1,2%5D&.third=%7B%7D", b'[[1,2],"b",{}]', "JSON"),
+    (b"command=join&.first=%5B1,2", b'["[1,2","b",null]', "what only begins like it"),
+    (b"command=join&.first=" + b"%5B" * 100, b'["' + b"[" * 100 + b'","b",null]', "and deeply"),
+    (b"command=half&.number=3", b"1.5", "a number"),
+    (b"command=half&.number=three", b"Error -32602: Invalid params. number must be a number, not 'three'", "none"),
+    (b"command=nothing", b"Error -32601: Method not found. ", "no such command"),
+    (b"", b"Error -32601: Method not found. ", "no command"),
+    (b"command=refuse", b"Error 404: no such dialog. ", "a command's own error"),
+])
+def test_commands_with_arguments(server, console, form, expected):
+    def refuse():
+        raise httpd.HTTPError(404, "no such dialog")
+
+    httpd.register_mi("join", lambda first, second="b", third=None: [first, second, third])
+    httpd.register_mi("half", lambda number: number / 2)
+    httpd.mi_commands["half"].function.__annotations__["number"] = float
+    httpd.register_mi("refuse", refuse)
+    answer = console(raw=order(form))
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    said = answer.body
+    if not said.startswith(b"Error"):
+        said = json.dumps(json.loads(said), separators=(",", ":")).encode()
+    assert said == expected
+
+
+def test_a_long_command_keeps_nobody_waiting(server, console):
+    go_on = threading.Event()
+    httpd.register_mi("long", lambda: go_on.wait(10) and "x" * 2000000, threads=True)
+    with connect(server) as client:
+        client.say(order(b"command=long"))
+        wait_for(lambda: any(connection.shown_as() == httpd.SUSPENDED for connection in server.connections), server)
+        moving = console(b"/?data").json()
+        assert moving["suspended"] == "1" and moving["line-rate"].startswith("M")
+        go_on.set()
+        answer = answers(pump(server, client)[0])[0]  # larger than the page: by way of a file
+    assert answer.status == 200 and answer.json() == "x" * 2000000
+
+
+def test_all_that_moves_has_its_place(server, console):
+    page = console().body.decode()
+    moving = console(b"/?data").json()
+    for name, value in moving.items():
+        assert page.count(' id="%s"' % name) == 1, name
+    assert len(re.findall(r'<path class="k\d" id="line-\w+" d="M149,50L[0-9., ]+V50Z"/>', page)) == 10
+
+
+@pytest.mark.parametrize("module", ["", "prometheus"])
+def test_the_console_costs_nothing_when_nobody_looks(server, console, monkeypatch, module):
+    if module:
+        httpd.loadmodule(module)
+    monkeypatch.setattr(httpd, "POINT_SECONDS", 0.01)
+    server.port
+    before = httpd.observers[:], server.loop.companions[:], len(server.loop.timers)
+    for view in (1, 2):
+        console()
+        history = httpd.watched(server)
+        assert history in server.loop.companions
+        assert len(httpd.observers) == 1
+        wait_for(lambda: len(history.points) > 3, server)
+        assert len(server.loop.timers) == 1  # one, however often it is looked at
+        history.seen -= httpd.UNWATCHED + 1
+        wait_for(lambda: history not in server.loop.companions, server)
+        assert (httpd.observers, server.loop.companions, len(server.loop.timers)) == before
+    console()
+    server.stop(0)  # while somebody looks
+    assert httpd.observers == before[0]
+
+
+def test_plots_tell_what_happens(server, console, monkeypatch):
+    monkeypatch.setattr(httpd, "POINT_SECONDS", 0.01)
+    console()
+    history = httpd.watched(server)
+    for path in (b"/echo", b"/nothing", b"/echo"):
+        exchange(server, get(path))
+    count = len(history.points)
+    wait_for(lambda: len(history.points) > count + 1, server)
+    assert max(point["rate"] for point in history.points) > 0
+    assert max(point["errors"] for point in history.points) > 0
+    assert 0 < max(point["median"] for point in history.points) <= max(point["p95"] for point in history.points)
+    history.points.extend(list(history.points) * 200)
+    assert len(history.points) == httpd.POINTS
+    assert console(b"/?data").json()["line-rate"].startswith("M0,50L 0,")
+
+
+@table("counts, share, milliseconds", [
+    ([0] * 14, 0.5, 0, "nothing"),
+    ([10] + [0] * 13, 0.5, 0.25, "the middle of a bucket"),
+    ([5, 5] + [0] * 12, 0.5, 0.5, "its end"),
+    ([0, 10] + [0] * 12, 0.5, 0.75, "between its bounds"),
+    ([0] * 13 + [1], 0.95, 10000, "more than the last bound"),
+])
+def test_quantiles(counts, share, milliseconds):
+    assert httpd.quantile(counts, share) == pytest.approx(milliseconds)
+
+
 # ---------------------------------------------------------------------------------------------------------------- WSGI
 
 def mount(app, threads=0, root="app"):
@@ -7506,7 +7730,7 @@ class Program:
         parameters = {"ip": "127.0.0.1", "port": 0, "grace_timeout": 5, **parameters}
         (tmp_path / "program.py").write_text(PROGRAM.replace("PARAMETERS", repr(parameters)))
         paths = {**os.environ, "PYTHONPATH": str(HERE), **dict(environment)}
-        self.output = open(tmp_path / "output", "w+")
+        self.output = open(tmp_path / "output", "a")
         self.process = subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path, env=paths, stdout=self.output,
                                         stderr=self.output, pass_fds=pass_fds)
         wait_for(lambda: "listens on" in self.text() or self.process.poll() is not None, seconds=20)
@@ -7794,7 +8018,8 @@ COMMAND_ROWS = [
     (["starts.cfg"], 1, r"starts\.cfg: starts: an init_proc_cb failed: KeyError: 'y', raised at \S*starts\.py:3\n",
      "an init_proc_cb that fails"),
     (["half.cfg"], 1, r"half\.cfg:2: httpd: .*tls_cert_file.*\n", "OPENSIPS, never 11: one half of TLS"),
-    ([], 2, r"usage: .*\n.*the following arguments are required: file\n", "no arguments"),
+    (["-o", "port=1"], 1, r"-o port=1: httpd: port must be 0 or 1024 to 65535, not '1'\n", "-o without a file"),
+    (["-o", "buf_size=9999999"], 1, r"-o buf_size=9999999: httpd: memory_budget .*\n", "found later, without a file"),
     (["--nonsense"], 2, r"(?s)usage: .*", "unknown option"),
 ]
 
@@ -7903,6 +8128,28 @@ def test_sighup_without_tls_is_a_log_line(tmp_path):
         assert raw_get(port, raw=get(b"/nowhere")) == 404
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+def test_without_a_file_it_shows_itself(tmp_path):
+    with command("-o", "port=0", cwd=tmp_path) as process:
+        first, *roots = [process.stdout.readline() for _ in range(4)]
+        port = int(re.fullmatch(r"httpd\.py \S+ listens on http://127\.0\.0\.1:(\d+)\n", first)[1])
+        assert roots == ["  /  mi_html\n", "  /mi  mi_http\n", "  /metrics  prometheus\n"]
+        local = b"Host: localhost\r\n"
+        assert raw_get(port, raw=get(b"/").replace(HOST, local)) == 200
+        assert raw_get(port, raw=get(b"/metrics").replace(HOST, local)) == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=20) == ("", "") and process.returncode == 0
+
+
+def test_a_configuration_to_begin_with(tmp_path):
+    with command("-t", "-o", "port=9999", cwd=tmp_path) as process:
+        output = process.communicate(timeout=20)[0]
+        assert process.returncode == 0
+    assert "\nport = 9999\n" in output and "\n# buf_size = 0\n" in output
+    httpd.load_config(config(tmp_path, output))
+    assert list(httpd.roots) == ["", "mi", "metrics"]
+    assert httpd.params["httpd"] == {"ip": "127.0.0.1", "port": 9999}  # the others are defaults
 
 
 def test_check_version_and_help(tmp_path):
@@ -9463,7 +9710,8 @@ def test_example_cfg_works_as_it_is(tmp_path):
     values = httpd.in_force("httpd")
     assert values["ip"] == "127.0.0.1"
     assert values["port"] == 8888
-    assert list(httpd.roots) == ["mi", "metrics"]
+    assert list(httpd.roots) == ["", "mi", "metrics"]
+    assert list(httpd.BUILT_IN) == ["mi_http", "mi_fifo", "prometheus", "mi_html"]  # all but mi_fifo are there
     text = (HERE / "example.cfg").read_text(encoding="utf-8")
     assert httpd.pending_services == []  # only one program can own the FIFO
     for row in (*httpd.PARAMETERS["httpd"], *httpd.PARAMETERS["mi_fifo"]):

@@ -7,9 +7,8 @@ Copy the file into a project and register what answers below a root path:
 
     def hello(request, page):
         page.write("Hello, %s!\\n" % request.lookup_arg("name", "world"))
-        return 200
 
-    httpd.register_httpdcb("example", "hello", hello)
+    httpd.register_httpdcb("example", "hello", hello, content_type="text/plain; charset=utf-8")
     httpd.run(ip="127.0.0.1", port=8000)
 
 or run it as a management server: `python httpd.py example.cfg`; without a file it shows itself.
@@ -38,7 +37,13 @@ spool or descriptors are short, whoever is furthest behind his time gives way (R
 
 Who knows what: the parser knows bytes only. A Connection runs states, and `turn` alone knows "would
 block" of a connection. The Loop knows the selector and the descriptors that are watched, the Server
-the connections and the time. It lives in one thread; stop(), resume(), reload() are for any.
+the connections and the time. It lives in one thread; stop(), resume(), reload() are for any. Access
+says who may; its verdict is a part of the remembered head.
+
+What stands behind the section TLS is built on this, by what any program may use: handlers, observers
+(they are told of every response), Server.watch and call_later. These are commands over HTTP and over
+a FIFO (mi_http, mi_fifo), metrics, the access log, the console page and WSGI. Processes has run():
+workers, signals, restarts.
 """
 from __future__ import annotations
 

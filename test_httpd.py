@@ -5628,7 +5628,9 @@ class Fifo:
     """The server without a thread and a client of its FIFO, which has made the FIFOs a, b and z for answers."""
 
     def __init__(self, directory, **parameters):
-        self.directory, self.path, self.got = directory, directory / "fifo", collections.Counter()
+        self.directory = directory
+        self.path = directory / "fifo"
+        self.got = collections.Counter()
         httpd.loadmodule("mi_fifo", fifo_name=self.path, reply_dir=directory)
         self.server = httpd.Server(**LOCAL, **parameters)
         self.server.run_once(0)
@@ -7218,7 +7220,11 @@ def test_close_after_an_error_is_behind_it_too(running, caplog, threads):
 
     def app(environ, start_response):
         made = ClosingPieces(KeyError("planned"))
-        made.on_close = lambda: closed.append(read_all.wait(5))
+
+        def note_close():
+            closed.append(read_all.wait(5))
+
+        made.on_close = note_close
         start_response("200 OK", [])
         return made
 
@@ -7241,7 +7247,9 @@ def test_what_clients_have_echoed_makes_no_memo_grow(running, threads):
     mount(app, threads)
     with connect(running) as client:
         for number in range(600):
-            value = b"%d" % number + b"y" * (3000 * (number % 3 == 0))
+            value = b"%d" % number
+            if number % 3 == 0:
+                value += b"y" * 3000
             client.sendall(get(b"/app", b"X-Echo: " + value, b"X-%d: z" % number))
             assert answers(read(client, 1))[0].headers["X-Echo"] == value.decode()
     for memo in (httpd.starts, httpd.checked_fields, httpd.environ_names):

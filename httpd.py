@@ -40,10 +40,10 @@ block" of a connection. The Loop knows the selector and the descriptors that are
 the connections and the time. It lives in one thread; stop(), resume(), reload() are for any. Access
 says who may; its verdict is a part of the remembered head.
 
-What stands behind the section TLS is built on this, by what any program may use: handlers, observers
-(they are told of every response), Server.watch and call_later. These are commands over HTTP and over
-a FIFO (mi_http, mi_fifo), metrics, the access log, the console page and WSGI. Processes has run():
-workers, signals, restarts.
+What stands behind the section TLS is built on this, by what any program may use: handlers,
+observers (they are told of every response), Server.watch and call_later. These are commands over
+HTTP and over a FIFO (mi_http, mi_fifo), metrics, the access log, the console page and WSGI.
+Processes has run(): workers, signals, restarts.
 """
 from __future__ import annotations
 

@@ -7592,7 +7592,7 @@ class Handover:
         self.at = 0                                 # and how much of it has been taken
         self.room: Optional[threading.Event] = None         # once the thread waits
         self.is_whole = False                       # nothing more is made,
-        self.end: Optional[BaseException] = None    # because of this
+        self.end: Optional[HTTPError] = None        # because of this
 
     def fill(self, request: Request, response: WSGIResponse) -> None:
         """In a thread: run the application, and hand over all that it makes."""
@@ -7605,11 +7605,11 @@ class Handover:
         except BaseException as error:
             if self.pid != os.getpid():             # the application has forked: that process ends
                 raise
-            self.end = error
             if isinstance(error, KeyboardInterrupt):    # of a thread: that is no Ctrl-C
-                self.end = RuntimeError("KeyboardInterrupt in an application's thread")
-            if request.closed and not isinstance(error, BrokenPipeError):
-                log.exception("an application failed, whose client is gone")
+                error = RuntimeError("KeyboardInterrupt in an application's thread")
+            # Told here: an exception that is handed over would keep this frame alive, and it that.
+            if not request.closed or not isinstance(error, BrokenPipeError):
+                self.end = blame(error, request)
         self.request = None                         # they would keep each other alive
         self.environ = {}
         self.is_whole = True
@@ -7675,9 +7675,9 @@ class Handover:
             self.room.set()
         if piece or not is_whole:
             return piece
-        if self.end is not None:
-            end, self.end = self.end, None          # they would keep each other alive
-            raise end
+        end = self.end
+        if end is not None:                         # a new one, which nobody keeps
+            raise HTTPError(end.status, end.reason, end.headers)
         return None
 
     def _read_spool(self) -> bytes:

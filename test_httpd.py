@@ -7646,6 +7646,23 @@ def test_a_response_leaves_its_thread_though_the_client_does_not_read(running):
     wait_for(lambda: running.disk.used == 0)
 
 
+def test_a_client_that_goes_gives_its_file_back_at_once(running):
+    """Not only when the collector of garbage comes by: nothing keeps itself alive."""
+    mount(says(lambda environ: (b"x" * 65536 for _ in range(400))), 2)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            with connect(running, takes=4096) as client:
+                client.sendall(get(b"/app"))
+                client.recv(100)
+                wait_for(lambda: running.disk.used)
+                client.reset()
+            wait_for(lambda: not running.connections and running.disk.used == 0)
+    finally:
+        gc.enable()
+
+
 def test_pipelined_requests_to_threads_are_answered_in_order(running):
     mount(inspect, 4)
     with connect(running) as client:

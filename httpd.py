@@ -8146,6 +8146,17 @@ class Alone(Process):
             self.server.stop(wait=False, kept=KEPT_TIME)
 
 
+# Signals that workers have handlers for. The last one is the parent's: end at once.
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGQUIT)
+
+
+def flush_output() -> None:
+    """os._exit() does not, and what is not written before a fork would be written twice."""
+    for file in (sys.stdout, sys.stderr):
+        with suppress(Exception):               # nobody reads it
+            file.flush()
+
+
 class Parent(Process):
     """A process that has workers, and sees to it that there are as many as are wanted."""
 
@@ -8198,39 +8209,52 @@ class Parent(Process):
         worker.started = time.monotonic()
         worker.ready = False
         worker.looks = 0
-        sys.stdout.flush()
+        flush_output()
+        # What comes before the worker has handlers of its own would be lost.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         worker.pid = os.fork()
         if worker.pid == 0:
-            os._exit(self.be_worker(worker, writing))
+            status = self.be_worker(worker, writing, mask)
+            flush_output()
+            os._exit(status)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writing)
         self.pipes[reading] = worker
 
-    def be_worker(self, worker: Worker, writing: int) -> int:
+    def be_worker(self, worker: Worker, writing: int, mask: Iterable[int]) -> int:
         """In the new process: serve. The status that it ends with."""
         server = self.server
         try:
             self.signals = Signals()            # of its own
-            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+            for number in HANDLED:
                 signal.signal(number, self.signals.note)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for descriptor in (self.lifeline[1], *self.pipes):
                 os.close(descriptor)
             server.counters.take(worker.number)
             if worker.number:
                 pending_services.clear()        # they are for the first one
             server.watch(self.signals.bell, self.obey_as_worker)
-            server.watch(self.lifeline[0], functools.partial(server.stop, wait=False))
+            self.watch = server.watch(self.lifeline[0], self.end_with_parent)
             beat(self)
             initialize(server)
             os.write(writing, b"1")
             os.close(writing)
             server.run()
             return 0
-        except (ConfigError, OSError) as error:
-            print("httpd: worker %d: %s" % (worker.number, error), file=sys.stderr, flush=True)
+        except ConfigError as error:
+            reason = "%s:%s" % (error.parameter, error)
+            os.write(writing, reason.encode(errors="replace")[:select.PIPE_BUF])
         except BaseException:
             log.exception("worker %d has failed", worker.number)
         return 1
+
+    def end_with_parent(self) -> None:
+        """In a worker: the parent stops, or has died. No signal: systemd sends SIGTERM to all of a
+        service, and a second one would end requests at once."""
+        self.watch.close()                  # it would be ready for ever
+        self.server.stop(wait=False)
 
     def obey_as_worker(self) -> None:
         """In a worker: what its parent wants. Ctrl-C is for the parent only."""
@@ -8239,6 +8263,8 @@ class Parent(Process):
                 self.server.reload()
             elif number == signal.SIGUSR2:
                 self.server.stop(wait=False, kept=KEPT_TIME)
+            elif number == signal.SIGQUIT:
+                self.server.stop(0, wait=False)
             elif number == signal.SIGTERM:
                 self.server.stop(0 if self.stops else None, wait=False)
                 self.stops += 1
@@ -8252,41 +8278,52 @@ class Parent(Process):
     def obey(self, number: int) -> None:
         """What a signal wants."""
         if number in (signal.SIGTERM, signal.SIGINT):
-            self.end(signal.SIGTERM)
+            self.end()
             self.stops += 1
         elif number == signal.SIGHUP and self.reload():     # a mistake is for nobody else
             self.tell(number)
         elif number == signal.SIGUSR2:
             self.restarting = self.start_successor()
 
-    def end(self, number: int) -> None:
-        """Have the workers end: SIGTERM, or SIGUSR2 if a successor serves."""
+    def end(self, replaced: bool = False) -> None:
+        """Have the workers end. `replaced`: a successor serves."""
         self.notify("STOPPING=1")
         seconds = self.server.params.grace_timeout + 2
-        if number == signal.SIGUSR2:
+        if replaced:
             seconds += KEPT_TIME
-        if self.stops:
+            self.tell(signal.SIGUSR2)
+        elif self.stops:
             seconds = 1
+            self.tell(signal.SIGQUIT)
+        else:
+            os.close(self.lifeline[1])
         self.kill_at = min(self.kill_at, time.monotonic() + seconds)
         self.server.bind().close()
-        self.tell(number)
 
     def end_restart(self) -> None:
         reading, self.restarting = self.restarting, -1
         if self.has_succeeded(reading):
-            self.end(signal.SIGUSR2)
+            self.end(replaced=True)
 
     def hear(self, pipe: int, worker: Worker) -> None:
         """A worker is ready, or has ended before."""
-        worker.ready = bool(os.read(pipe, 1))
+        said = os.read(pipe, select.PIPE_BUF)
         os.close(pipe)
-        if self.begun:
-            return
+        worker.ready = said == b"1"
         if not worker.ready:
-            raise ConfigError("httpd: worker %d has ended before it was ready" % worker.number)
-        if all(one.ready for one in self.workers):
+            self.complain(worker, said.decode(errors="replace"))
+        if not self.begun and all(one.ready for one in self.workers):
             self.begun = True
             self.say_ready()
+
+    def complain(self, worker: Worker, reason: str) -> None:
+        """A worker has not become ready. At the start this is the end; else it is tried again."""
+        parameter, _, text = reason.partition(":")
+        if not text:
+            text = "httpd: worker %d has ended before it was ready" % worker.number
+        if not self.begun:
+            raise ConfigError(text, parameter)
+        log.error("%s", text)
 
     def look_at(self, worker: Worker) -> None:
         """Whether a worker lives, and turns its loop."""

@@ -7744,6 +7744,7 @@ httpd.register_httpdcb("test", "stall", stall)
 httpd.register_service("test", lambda server: print("service", os.getpid(), flush=True))
 httpd.loadmodule("mi_http")
 httpd.loadmodule("prometheus")
+httpd.loadmodule("mi_html")
 httpd.run(**PARAMETERS)
 """
 
@@ -7818,6 +7819,7 @@ def test_workers_share_the_connections_and_the_counters(program):
     assert len(workers) == 2 and two.process.pid not in workers
     assert sorted(re.findall("init ([0-9]+)", two.text())) == sorted(map(str, workers))
     assert re.findall("service ([0-9]+)", two.text()) == [str(workers[0])]  # in one of them
+    assert "%d %d</dd>" % tuple(workers) in two.ask(b"/")  # the console shows them
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(None, port=two.port)) for _ in range(64)]
         for _ in range(2):

@@ -5863,11 +5863,16 @@ def mi_uptime() -> dict[str, str]:
     return {"Now": time.ctime(), "Up since": time.ctime(STARTED), "Up time": "%d [sec]" % passed}
 
 
+def process_ids(server: Server) -> list[int]:
+    """Of the processes that share its address."""
+    found = [row[PROCESS] for row in server.counters.rows if row[PROCESS]]
+    return found or [os.getpid()]
+
+
 def mi_ps() -> dict[str, list[dict[str, Any]]]:
     processes: list[dict[str, Any]] = []
     for server in servers:
-        pids = [row[PROCESS] for row in server.counters.rows if row[PROCESS]]
-        for pid in pids or [os.getpid()]:
+        for pid in process_ids(server):
             process = {"ID": len(processes), "PID": pid, "Type": "HTTPD " + server.url}
             processes.append(process)
     return {"Processes": processes}
@@ -7049,7 +7054,9 @@ def show_facts(server: Server, found: dict[str, str]) -> str:
         days = (expires - time.time()) / 86400
         certificate = time.strftime("%Y-%m-%d", time.gmtime(expires)) + ", %d days left" % days
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(STARTED))
-    facts = [("up since", "up", since), ("certificate until", "certificate", certificate)]
+    processes = " ".join(map(str, process_ids(server)))
+    facts = [("up since", "up", since), ("processes", "processes", processes),
+             ("certificate until", "certificate", certificate)]
     for name in CELLS[:CONNECTIONS]:
         facts.append((name.replace("_", ", "), name, found[name]))
     return "".join(html('<div><dt>%s</dt><dd id="%s">%s</dd></div>', *fact) for fact in facts)

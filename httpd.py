@@ -4012,14 +4012,13 @@ def identity(path: str) -> Optional[tuple[int, int]]:
 
 
 class Listener:
-    """A listening socket, and whether it is watched. Processes may share the socket."""
+    """A listening socket. Processes may share it."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.address: tuple[str, int] = ("", 0)
         self.path = ""                          # what is to be removed when this process closes it
-        self.watched = False
         self.pid = os.getpid()
         self.defer = 0      # seconds that the kernel waits for a request before it tells
         if sock.family == socket.AF_UNIX:
@@ -4131,10 +4130,10 @@ companions: list[Callable[[Server], Optional[Companion]]] = []
 
 
 class Sharing(Protocol):
-    """How a process takes its part of the connections to a listener that others have too."""
+    """How a process takes its part of the connections to listeners that others have too."""
 
     def wait_last(self, loop: Loop) -> None:
-        """The listener is watched from now on: who waits already comes first."""
+        """They are watched from now on: who waits already comes first."""
 
     def look(self) -> None:
         """Connections have been taken in, or have ended."""
@@ -4143,12 +4142,14 @@ class Sharing(Protocol):
 class Loop:
     """What a server waits with: made when it listens, dropped whole. It crosses no fork."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listeners: Sequence[Listener], accept: Callable[[Listener], None]) -> None:
         if not hasattr(select, "epoll"):
             raise RuntimeError(
                 "select.epoll is missing: gevent's monkey.patch_all() takes it away, unless it "
                 "is called with select=False; and httpd.py needs Linux")
-        self.listener = listener
+        self.listeners = list(listeners)
+        self.accept = accept                    # what to do when one of them is ready
+        self.accepting = False                  # they are watched
         self.mailbox = Mailbox()
         self.pid = os.getpid()
         self.selector = selectors.EpollSelector()
@@ -4221,26 +4222,27 @@ class Loop:
             with suppress(OSError):
                 self.hang_ups.unregister(sock.fileno())
 
-    def set_accepting(self, wanted: bool, callback: Callable[[], None]) -> None:
-        """Watch the listener, or leave it alone for a while."""
-        listener = self.listener
-        if wanted == listener.watched or listener.sock.fileno() < 0:
+    def set_accepting(self, wanted: bool) -> None:
+        """Watch the listeners, or leave them alone for a while."""
+        if wanted == self.accepting:
             return
-        if wanted:
-            try:
-                self.add(listener.sock, READ, callback)
-            except OSError as error:            # the system's limit of watches: again in a second
-                log.error("nobody is taken in for a second: %s", error)
-                return
-            if self.sharing is not None:
-                self.sharing.wait_last(self)
-        else:
-            self.remove(listener.sock)
-        listener.watched = wanted
+        self.accepting = wanted
+        try:
+            for listener in self.listeners:
+                if wanted:
+                    self.add(listener.sock, READ, functools.partial(self.accept, listener))
+                else:
+                    self.remove(listener.sock)
+        except OSError as error:                # the system's limit of watches: again in a second
+            log.error("nobody is taken in for a second: %s", error)
+            self.set_accepting(False)
+        if self.accepting and self.sharing is not None:
+            self.sharing.wait_last(self)
 
-    def stop_listening(self, callback: Callable[[], None]) -> None:
-        self.set_accepting(False, callback)
-        self.listener.close()
+    def stop_listening(self) -> None:
+        self.set_accepting(False)
+        while self.listeners:
+            self.listeners.pop().close()
 
     def serve_greedy(self) -> None:
         """Answer more to those who have sent much, for a while."""
@@ -4261,8 +4263,8 @@ class Loop:
         for sock in self.closing:
             sock.close()
         mailbox = self.mailbox
-        for file in (self.listener, mailbox.bell, mailbox.button, self.hang_ups, self.poll,
-                     self.selector):
+        self.stop_listening()
+        for file in (mailbox.bell, mailbox.button, self.hang_ups, self.poll, self.selector):
             file.close()
 
 
@@ -4411,12 +4413,28 @@ class Room:
         return min(self.params.buf_size, max(512, self.spare()))
 
 
-def warn_of_open_roots(params: Limits) -> None:
+def url_of(scheme: str, host: str, port: int) -> str:
+    """How a client on this machine reaches a listener."""
+    if host.startswith("unix:"):
+        return host
+    if host in ("::", "0.0.0.0"):
+        host = "127.0.0.1"
+    elif ":" in host:
+        host = "[%s]" % host.replace("%", "%25")            # RFC 6874, 2
+    return "%s://%s:%d" % (scheme, host, port)
+
+
+def is_public(listener: Listener) -> bool:
+    """Whether others than this machine's users of a file's group can connect."""
+    host = listener.address[0]
+    return not (host == "::1" or host.startswith("unix:/") or LOCAL_HOST.fullmatch(host))
+
+
+def warn_of_open_roots(params: Limits, listeners: Iterable[Listener]) -> None:
     """Tell the operator what everybody may do."""
     open_roots = ["/" + root.name for root in roots.values() if root.management]
-    guarded = params.auth_username or params.tls_ca_file or LOCAL_HOST.fullmatch(params.ip)
-    closed_off = params.ip == "::1" or params.ip.startswith("unix:/")
-    if open_roots and not guarded and not closed_off:
+    guarded = params.auth_username or params.tls_ca_file
+    if open_roots and not guarded and any(map(is_public, listeners)):
         log.warning("whoever reaches %s may give orders: set ip = 127.0.0.1, or auth_username and "
                     "auth_password, or tls_ca_file", " ".join(open_roots))
 
@@ -4448,7 +4466,7 @@ def turn_away(connection: Connection, full: str) -> None:
 
 def listen_with(server: Server) -> Loop:
     """A loop for the server, and what accompanies it. OSError or ConfigError: it cannot be."""
-    loop = Loop(server.bind())
+    loop = Loop(server.bind(), server._accept)
     loop.sharing = server.sharing
     try:
         for begin in companions:
@@ -4477,7 +4495,7 @@ class Server:
     __slots__ = (
         "params", "transport", "access", "heads", "responses", "connections", "room", "counters",
         "disk", "turned_away", "keep_alive", "now", "stopping", "services", "sharing", "_loop",
-        "_listener", "_address", "_thread", "_life", "_ended", "_stop_at", "_kept", "_next_tick")
+        "_listeners", "_address", "_thread", "_life", "_ended", "_stop_at", "_kept", "_next_tick")
 
     # Of this process: bytes held, requests answered, connections accepted.
     held = property(lambda self: self.room.held)
@@ -4505,12 +4523,12 @@ class Server:
         self.stopping = False                   # every answer closes its connection
         self.services: list[tuple[Service, Any]] = []       # that it runs, and what ends each
         self._loop: Optional[Loop] = None       # while it listens
-        self._listener: Optional[Listener] = None
-        self._address: Optional[tuple[str, int]] = None     # of it
+        self._listeners: list[Listener] = []
+        self._address: Optional[tuple[str, int]] = None     # of the first one
         self._thread: Optional[threading.Thread] = None     # that start() has made
         self._life = threading.RLock()          # who claims the loop, and when it ends
         self._ended = threading.Event()
-        self.sharing: Optional[Sharing] = None  # of the listener, with other processes
+        self.sharing: Optional[Sharing] = None  # of the listeners, with other processes
         self._stop_at = math.inf                # when the grace of stop() ends
         self._kept = 0.0                        # seconds that kept connections get in it
         self._next_tick = 0.0                   # when to look at deadlines
@@ -4541,7 +4559,7 @@ class Server:
             connection.sock.close()
             return
         loop.forget(connection.sock, connection.interest)
-        loop.set_accepting(not self.stopping, self._accept)
+        loop.set_accepting(not self.stopping)
         loop.closing.append(connection.sock)
 
     def run(self) -> None:
@@ -4646,7 +4664,7 @@ class Server:
         if loop is not None and (loop.greedy or loop.closing):
             return 0.0
         due = math.inf
-        if loop is None or self.connections or not loop.listener.watched:
+        if loop is None or self.connections or not loop.accepting:
             due = self._next_tick
         if loop is not None and loop.timers:
             due = min(due, loop.timers[0].due)
@@ -4662,26 +4680,19 @@ class Server:
     @property
     def url(self) -> str:
         """Where a client on this machine finds it, such as http://127.0.0.1:8888."""
-        host, port = self._where()
-        if host.startswith("unix:"):
-            return host
-        if host in ("::", "0.0.0.0"):
-            host = "127.0.0.1"
-        elif ":" in host:
-            host = "[%s]" % host.replace("%", "%25")        # RFC 6874, 2
-        return "%s://%s:%d" % (self.transport.scheme, host, port)
+        return url_of(self.transport.scheme, *self._where())
 
-    def bind(self, listener: Optional[Listener] = None) -> Listener:
-        """Have the address, or take over a listener, and open nothing else yet.
+    def bind(self, inherited: Sequence[Listener] = ()) -> list[Listener]:
+        """Have the address, or take over listeners, and open nothing else yet.
 
         OSError or ConfigError.
         """
         with self._life:
-            if self._listener is None:
-                self._listener = listener or listen(self.params.ip, self.params.port)
-                self._address = self._listener.address
-                warn_of_open_roots(self.params)
-            return self._listener
+            if not self._listeners:
+                self._listeners += inherited or [listen(self.params.ip, self.params.port)]
+                self._address = self._listeners[0].address
+                warn_of_open_roots(self.params, self._listeners)
+            return self._listeners
 
     def _where(self) -> tuple[str, int]:
         if self._address is None:
@@ -4744,7 +4755,7 @@ class Server:
         with self._life:                        # the first call may come from two threads
             if self._loop is None and not self._ended.is_set():
                 self._loop = loop = listen_with(self)
-                loop.set_accepting(True, self._accept)
+                loop.set_accepting(True)
             return self._loop
 
     def _serve(self, loop: Loop, started: threading.Event) -> None:
@@ -4806,21 +4817,21 @@ class Server:
         if len(late) > EXPIRE_BATCH:            # a pause of 1 ms, then others have a turn
             self._next_tick = self.now
         self.disk.look()
-        loop.set_accepting(not self.stopping, self._accept)
+        loop.set_accepting(not self.stopping)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: Listener) -> None:
         """Take in those who wait, and answer at once who has sent a request already."""
         loop = self.loop
         for _ in range(ACCEPT_BATCH):
             try:
-                sock, peer = loop.listener.accept()
+                sock, peer = listener.accept()
             # mostly BlockingIOError: nobody waits any more
             except OSError as error:
                 short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
                 if short and not self.room.make("descriptors"):
                     log.error("nobody is taken in for a second: %s", error)
                     # the listener would be readable all the time
-                    loop.set_accepting(False, self._accept)
+                    loop.set_accepting(False)
                 break
             self.counters.row[ACCEPTED] += 1
             connection, before = Connection(self, sock, peer), self.requests
@@ -4831,7 +4842,7 @@ class Server:
                 continue
             connection.turn()
             if self.requests == before and connection.is_silent():
-                connection.deadline -= loop.listener.defer      # it has been silent so long already
+                connection.deadline -= listener.defer      # it has been silent so long already
         if loop.sharing is not None:
             loop.sharing.look()
 
@@ -4842,8 +4853,9 @@ class Server:
         before = -1
         while before < self.accepted:           # who waits to be taken in may have sent a request
             before = self.accepted
-            self._accept()
-        loop.stop_listening(self._accept)
+            for listener in loop.listeners:
+                self._accept(listener)
+        loop.stop_listening()
         if self._kept:
             self.call_later(self._kept, self._stop_connections)
         else:
@@ -4866,7 +4878,7 @@ class Server:
         loop = self._loop
         if loop is None or not loop.is_ours():
             return
-        loop.stop_listening(self._accept)
+        loop.stop_listening()
         for connection in list(self.connections):
             connection.close()
         end_services(self)
@@ -6477,31 +6489,49 @@ def read_proc(name: str) -> str:
         return file.read()
 
 
-def process_start() -> float:
+def cpu_seconds(pid: int) -> float:
+    fields = read_proc("%d/stat" % pid).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def start_time(pid: int) -> float:
     """Seconds since 1970."""
-    ticks = int(read_proc("self/stat").rpartition(")")[2].split()[19])
+    ticks = int(read_proc("%d/stat" % pid).rpartition(")")[2].split()[19])
     booted = int(read_proc("stat").partition("btime ")[2].split()[0])
     return booted + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def process_pages(place: int) -> int:
-    """Bytes, of a number of /proc/self/statm."""
-    return int(read_proc("self/statm").split()[place]) * resource.getpagesize()
+def memory_bytes(place: int, pid: int) -> int:
+    """A number of statm, which counts pages."""
+    return int(read_proc("%d/statm" % pid).split()[place]) * resource.getpagesize()
+
+
+def show_processes(name: str, kind: str, help: str, read: Callable[[int], float],
+                   join: Callable[[Iterable[float]], float] = sum) -> None:
+    """A number of the process. Of workers the sum: which of them answers makes no difference."""
+    def lines(snapshot: Snapshot) -> Iterable[str]:
+        pids = [row[PROCESS] for row in snapshot.server.counters.rows if row[PROCESS]]
+        numbers = []
+        for pid in pids or [os.getpid()]:
+            with suppress(OSError):             # it has just ended
+                numbers.append(read(pid))
+        yield sample(name, (), (), join(numbers))
+
+    metrics[name] = Metric(kind, help, lines)
 
 
 # As the client libraries call them.
-register_metric("process_cpu_seconds_total", "counter", "User and system CPU time.",
-                time.process_time)
-register_metric("process_open_fds", "gauge", "Open file descriptors.",
-                lambda: len(os.listdir("/proc/self/fd")))
-register_metric("process_max_fds", "gauge", "The limit of open file descriptors.",
-                lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-register_metric("process_virtual_memory_bytes", "gauge", "Virtual memory.",
-                lambda: process_pages(0))
-register_metric("process_resident_memory_bytes", "gauge", "Resident memory.",
-                lambda: process_pages(1))
-register_metric("process_start_time_seconds", "gauge", "Start, in seconds since 1970.",
-                process_start)
+show_processes("process_cpu_seconds_total", "counter", "User and system CPU time.", cpu_seconds)
+show_processes("process_open_fds", "gauge", "Open file descriptors.",
+               lambda pid: len(os.listdir("/proc/%d/fd" % pid)))
+show_processes("process_max_fds", "gauge", "The limit of open file descriptors.",
+               lambda pid: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+show_processes("process_virtual_memory_bytes", "gauge", "Virtual memory.",
+               functools.partial(memory_bytes, 0))
+show_processes("process_resident_memory_bytes", "gauge", "Resident memory.",
+               functools.partial(memory_bytes, 1))
+show_processes("process_start_time_seconds", "gauge", "Start, in seconds since 1970.",
+               start_time, min)
 
 
 def load_prometheus(parameters: dict[str, Any]) -> None:
@@ -7896,45 +7926,47 @@ def say(text: str, to_stderr: bool) -> None:
 
 # The program of a new process, before it becomes ours: it has the number that LISTEN_PID wants.
 HAND_OVER = """
-import fcntl, os, sys
-sock, ready = [fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3]]
-os.closerange(3, 10)
-os.dup2(sock, 3)
-os.close(sock)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", HTTPD_READY_FD=str(ready))
-os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+import os, sys
+for number, text in enumerate(sys.argv[1].split(","), 3):
+    os.dup2(int(text), number)
+    os.close(int(text))
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
 class Environment(NamedTuple):
-    """What a supervisor says to this process, and not to those that it starts."""
+    """What this process is told, and those that it starts are not."""
     notify: str             # the address of systemd's socket; empty: nobody listens
     watchdog: float         # seconds in which it wants a sign of life; 0: none
-    listener: Optional[socket.socket]
+    sockets: list[socket.socket]        # that are handed over
     ready: int              # descriptor, for the process that this one replaces; -1: none
+    file: str               # of the unix socket that it is to remove; empty: that is another's
+    only_check: bool        # it is to say there whether it could serve, and to end
+    before: str             # the lifeline, and the workers, of the program that it was before
 
 
 def take_environment() -> Environment:
-    """ConfigError if what is handed over is no listener."""
+    """ConfigError if what is handed over are no listeners."""
     take = functools.partial(os.environ.pop)
     count, pid = take("LISTEN_FDS", "0"), take("LISTEN_PID", "")
     take("LISTEN_FDNAMES", "")
-    listener = None
-    if count != "0":
-        if pid != str(os.getpid()):
-            raise ConfigError("httpd: the socket that is handed over is for process %s: start this "
-                              "one with exec" % pid, "ip")
-        if count != "1":
-            raise ConfigError("httpd: %s sockets are handed over, and one is wanted" % count, "ip")
-        os.set_inheritable(LISTEN_FD, False)
-        listener = socket.socket(fileno=LISTEN_FD)
-        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError("httpd: the socket that is handed over does not listen", "ip")
+    if count != "0" and pid != str(os.getpid()):
+        raise ConfigError("httpd: the socket that is handed over is for process %s: start this "
+                          "one with exec" % pid, "ip")
+    sockets = []
+    for descriptor in range(LISTEN_FD, LISTEN_FD + int(count)):
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError("httpd: a socket that is handed over does not listen", "ip")
+        sockets.append(sock)
     ready = int(take("HTTPD_READY_FD", "-1"))
     if ready >= 0:
         os.set_inheritable(ready, False)
     watchdog = int(take("WATCHDOG_USEC", "0")) / 1e6
-    return Environment(take("NOTIFY_SOCKET", ""), watchdog, listener, ready)
+    return Environment(take("NOTIFY_SOCKET", ""), watchdog, sockets, ready, take("HTTPD_FILE", ""),
+                       take("HTTPD_ONLY_CHECK", "") != "", take("HTTPD_BEFORE", ""))
 
 
 def notify(address: str, text: str) -> None:
@@ -7956,21 +7988,22 @@ class Part:
         self.server = server
 
     def wait_last(self, loop: Loop) -> None:
-        descriptor = loop.listener.sock.fileno()
-        loop.poll.unregister(descriptor)
-        loop.poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        for listener in loop.listeners:
+            descriptor = listener.sock.fileno()
+            loop.poll.unregister(descriptor)
+            loop.poll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
 
     def look(self) -> None:
         server = self.server
         counters, loop = server.counters, server.loop
         mine = counters.row[TAKEN] = len(server.connections)
-        if not loop.listener.watched:
+        if not loop.accepting:
             return
         late = int((time.monotonic() - 1.5 * BEAT) * 1000)     # who is stuck takes no part
         others = [row[TAKEN] for row in counters.rows if row[ALIVE] > late]
         if mine > LEAST_PART and (mine - 1) * len(others) > 1.125 * sum(others):
-            loop.set_accepting(False, server._accept)
-            server.call_later(ASIDE, functools.partial(loop.set_accepting, True, server._accept))
+            loop.set_accepting(False)
+            server.call_later(ASIDE, functools.partial(loop.set_accepting, True))
         else:
             self.wait_last(loop)
 
@@ -8014,30 +8047,33 @@ class Process:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.environment = take_environment()
+        self.environment = environment = take_environment()
         self.directory = os.getcwd()
         self.signals = Signals()
         self.stops = 0                  # signals to stop so far
         self.successor: Optional[subprocess.Popen[bytes]] = None
-        inherited = self.environment.listener
-        if inherited is not None:
-            listener = Listener(inherited)
-            if self.environment.ready < 0:      # of systemd: the file of a unix socket is its own
+        inherited = [Listener(sock) for sock in environment.sockets]
+        for listener in inherited:
+            if listener.path != environment.file:
                 listener.path = ""
-            server.bind(listener)
-        server.bind()
+        server.bind(inherited)
 
     def say_ready(self) -> None:
         """To people, to systemd, and to the process that this one replaces."""
         server = self.server
-        banner = "httpd.py %s listens on %s" % (__version__, server.url)
-        if server.params.ip in ("", "*"):
+        addresses = [listener.address for listener in server.bind()]
+        urls = " and ".join(url_of(server.transport.scheme, *address) for address in addresses)
+        banner = "httpd.py %s listens on %s" % (__version__, urls)
+        if addresses[0][0] in ("::", "0.0.0.0"):
             banner += " and every other address"
         for root in roots.values():
             banner += "\n  /%s  %s" % (root.name, root.module)
         # lines of the log, and nothing else, go to stdout
         say(banner, to_stderr=server.params.access_log == "-")
-        self.notify("READY=1\nMAINPID=%d\nSTATUS=%s" % (os.getpid(), server.url))
+        self.notify("READY=1\nMAINPID=%d\nSTATUS=%s" % (os.getpid(), urls))
+        self.answer_predecessor()
+
+    def answer_predecessor(self) -> None:
         if self.environment.ready >= 0:
             with suppress(OSError):
                 os.write(self.environment.ready, b"1")
@@ -8053,50 +8089,70 @@ class Process:
         self.notify("READY=1")
         return done
 
-    def start_successor(self) -> int:
-        """Start the program anew, with the listener. The descriptor that tells when it is ready;
-        -1: it cannot be."""
-        if os.getpid() == 1:
-            log.error("no restart: this is process 1 of a container, and all would end with it")
-            return -1
+    def successors_line(self, sockets: Iterable[int]) -> list[str]:
+        """The command that starts the program anew, as this process was started."""
+        with open("/proc/self/cmdline", "rb") as file:
+            arguments = map(os.fsdecode, file.read().split(b"\0")[1:-1])
+        return [sys.executable, "-c", HAND_OVER, ",".join(map(str, sockets)), *arguments]
+
+    def successors_environment(self, **more: str) -> dict[str, str]:
+        listeners, watchdog = self.server.bind(), int(self.environment.watchdog * 1e6)
+        return {**os.environ, "NOTIFY_SOCKET": self.environment.notify,
+                "WATCHDOG_USEC": str(watchdog), "LISTEN_FDS": str(len(listeners)),
+                "HTTPD_FILE": listeners[0].path, **more}
+
+    def copies(self, descriptor: int) -> list[int]:
+        """Of a descriptor and the sockets, with numbers that HAND_OVER leaves alone."""
+        import fcntl
+        sockets = [listener.sock.fileno() for listener in self.server.bind()]
+        least = LISTEN_FD + len(sockets)
+        return [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, least) for one in (descriptor, *sockets)]
+
+    def start_successor(self, **more: str) -> int:
+        """Start the program anew, with the listeners. The descriptor that tells when it is ready;
+        -1: it cannot be. `more`: of its environment."""
         if self.successor is not None:
             log.error("no restart: one is under way")
             return -1
-        import subprocess
+        import subprocess                       # 9 ms, and only a restart needs it
         reading, writing = os.pipe()
-        sock = self.server.bind().sock.fileno()
-        with open("/proc/self/cmdline", "rb") as file:
-            arguments = file.read().split(b"\0")[1:-1]
-        environment = {**os.environ, "NOTIFY_SOCKET": self.environment.notify,
-                       "WATCHDOG_USEC": "%d" % (self.environment.watchdog * 1e6)}
+        ready, *sockets = copies = self.copies(writing)
+        environment = self.successors_environment(HTTPD_READY_FD=str(ready), **more)
         try:
             self.successor = subprocess.Popen(
-                [sys.executable, "-c", HAND_OVER, str(sock), str(writing), *arguments],
-                env=environment, cwd=self.directory, pass_fds=(sock, writing))
+                self.successors_line(sockets), env=environment, cwd=self.directory, pass_fds=copies)
         except OSError as error:
             log.error("no restart: %s", error)
             os.close(reading)
             return -1
         finally:
-            os.close(writing)
+            for descriptor in (writing, *copies):
+                os.close(descriptor)
         return reading
 
-    def has_succeeded(self, reading: int) -> bool:
+    def has_come_up(self, reading: int) -> bool:
         """What the successor says, once it has: ready, or nothing, since it has ended."""
         said = os.read(reading, 1)
         os.close(reading)
-        successor = self.successor
-        assert successor is not None
         if not said:
-            status = successor.wait()
-            self.successor = None
+            status = self.end_of_successor().wait()
             log.error("no restart: the new process has ended with %d: this one goes on", status)
-            return False
+        return bool(said)
+
+    def end_of_successor(self) -> subprocess.Popen[bytes]:
+        """It has ended, or is no longer this one's."""
+        successor, self.successor = self.successor, None
+        assert successor is not None
+        return successor
+
+    def make_way(self) -> None:
+        """The successor serves."""
+        successor = self.end_of_successor()
         self.notify("MAINPID=%d" % successor.pid)
-        self.server.bind().path = ""            # its file is the successor's
+        for listener in self.server.bind():
+            listener.path = ""                  # its file is the successor's
         log.info("process %d has taken over", successor.pid)
         successor.returncode = 0                # it is to outlive this one
-        return True
 
 
 def beat(process: Process) -> None:
@@ -8130,6 +8186,10 @@ class Alone(Process):
         freeze_collector()
         server.run()
 
+    def check(self) -> None:
+        raise ConfigError("httpd: process 1 of a container goes on with workers only: set 2 or "
+                          "more, or start the container anew", "workers")
+
     def obey(self) -> None:
         """What signals want."""
         for number in self.signals.take():
@@ -8143,13 +8203,18 @@ class Alone(Process):
                 self.stops += 1
 
     def restart(self) -> None:
+        if os.getpid() == 1:
+            log.error("no restart: this is process 1 of a container, and all would end with it; "
+                      "with workers = 2 it can be")
+            return
         reading = self.start_successor()
         if reading >= 0:
             watch: Watch = self.server.watch(reading, lambda: self.end_restart(watch, reading))
 
     def end_restart(self, watch: Watch, reading: int) -> None:
         watch.close()
-        if self.has_succeeded(reading):
+        if self.has_come_up(reading):
+            self.make_way()
             self.server.stop(wait=False, kept=KEPT_TIME)
 
 
@@ -8172,22 +8237,39 @@ class Parent(Process):
         server.counters = Counters(count)
         server.sharing = Part(server)
         self.workers = [Worker(number) for number in range(count)]
-        self.lifeline = os.pipe()               # its end is this process' end
+        # The end of the first lifeline is this process' end. Another is of the workers of the
+        # program that this process was before: they serve until the new ones are ready.
+        self.lifeline, lifeline = os.pipe()
+        self.lifelines = [lifeline]
+        self.before: list[int] = []
+        if self.environment.before:
+            lifeline, *self.before = map(int, self.environment.before.split())
+            os.set_inheritable(lifeline, False)
+            self.lifelines.append(lifeline)
+        self.kill_before_at = math.inf          # when their grace is over
         self.pipes: dict[int, Worker] = {}      # by which workers say that they are ready
         self.restarting = -1                    # the same of a successor
         self.begun = False                      # all have been ready once
+        self.to_reload: list[Worker] = []       # one after the other
         self.kill_at = math.inf                 # when the grace of stop() is over
 
     def run(self) -> None:
         freeze_collector()
         try:
-            while self.kill_at == math.inf or any(worker.pid for worker in self.workers):
+            while self.kill_at == math.inf or self.pids():
                 self.turn()
         finally:
-            for worker in self.workers:
-                if worker.pid:
-                    os.kill(worker.pid, signal.SIGKILL)
-                    os.waitpid(worker.pid, 0)
+            for pid in self.pids():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+    def check(self) -> None:
+        """Nothing is wrong with parameters and modules."""
+        self.answer_predecessor()
+
+    def pids(self) -> list[int]:
+        """Of the workers that live, those of the program before too."""
+        return [*self.before, *(worker.pid for worker in self.workers if worker.pid)]
 
     def turn(self) -> None:
         """Wait for something, at most a moment, and see to all."""
@@ -8208,8 +8290,17 @@ class Parent(Process):
                 self.end_restart()
         for worker in self.workers:
             self.look_at(worker)
+        self.look_at_those_before()
+        self.reload_one()
         if self.environment.watchdog:
             self.notify("WATCHDOG=1")
+
+    def reload_one(self) -> None:
+        """Have one more worker reload, after the others have."""
+        if self.to_reload:
+            worker = self.to_reload.pop()
+            if worker.pid:
+                os.kill(worker.pid, signal.SIGHUP)
 
     def start(self, worker: Worker) -> None:
         reading, writing = os.pipe()
@@ -8237,13 +8328,13 @@ class Parent(Process):
                 signal.signal(number, self.signals.note)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for descriptor in (self.lifeline[1], *self.pipes):
+            for descriptor in (*self.lifelines, *self.pipes):
                 os.close(descriptor)
             server.counters.take(worker.number)
             if worker.number:
                 pending_services.clear()        # they are for the first one
             server.watch(self.signals.bell, self.obey_as_worker)
-            self.watch = server.watch(self.lifeline[0], self.end_with_parent)
+            self.watch = server.watch(self.lifeline, self.end_with_parent)
             beat(self)
             initialize(server)
             os.write(writing, b"1")
@@ -8278,9 +8369,8 @@ class Parent(Process):
 
     def tell(self, number: int) -> None:
         """Send a signal to every worker."""
-        for worker in self.workers:
-            if worker.pid:
-                os.kill(worker.pid, number)
+        for pid in self.pids():
+            os.kill(pid, number)
 
     def obey(self, number: int) -> None:
         """What a signal wants."""
@@ -8288,7 +8378,9 @@ class Parent(Process):
             self.end()
             self.stops += 1
         elif number == signal.SIGHUP and self.reload():     # a mistake is for nobody else
-            self.tell(number)
+            self.to_reload = self.workers[:]
+        elif number == signal.SIGUSR2 and os.getpid() == 1:
+            self.restarting = self.start_successor(HTTPD_ONLY_CHECK="1", HTTPD_FILE="")
         elif number == signal.SIGUSR2:
             self.restarting = self.start_successor()
 
@@ -8303,14 +8395,41 @@ class Parent(Process):
             seconds = 1
             self.tell(signal.SIGQUIT)
         else:
-            os.close(self.lifeline[1])
+            while self.lifelines:
+                os.close(self.lifelines.pop())
         self.kill_at = min(self.kill_at, time.monotonic() + seconds)
-        self.server.bind().close()
+        for listener in self.server.bind():
+            listener.close()
 
     def end_restart(self) -> None:
         reading, self.restarting = self.restarting, -1
-        if self.has_succeeded(reading):
+        if not self.has_come_up(reading):
+            return
+        if os.getpid() == 1:
+            self.become_successor()
+        else:
+            self.make_way()
             self.end(replaced=True)
+
+    def become_successor(self) -> None:
+        """Process 1 of a container, with which all would end: run the new program in it. There is
+        no way back, so that has been checked."""
+        self.end_of_successor().wait()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)    # until it has handlers
+        lifeline, *sockets = copies = self.copies(self.lifelines[0])
+        for descriptor in copies:
+            os.set_inheritable(descriptor, True)
+        before = " ".join(map(str, (lifeline, *self.pids())))
+        flush_output()
+        try:
+            os.chdir(self.directory)
+            os.execve(sys.executable, self.successors_line(sockets),
+                      self.successors_environment(HTTPD_BEFORE=before))
+        except OSError as error:
+            log.error("no restart: %s", error)
+        for descriptor in copies:
+            os.close(descriptor)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def hear(self, pipe: int, worker: Worker) -> None:
         """A worker is ready, or has ended before."""
@@ -8322,6 +8441,10 @@ class Parent(Process):
         if not self.begun and all(one.ready for one in self.workers):
             self.begun = True
             self.say_ready()
+            for pid in self.before:
+                os.kill(pid, signal.SIGUSR2)
+            grace = self.server.params.grace_timeout + KEPT_TIME + 2
+            self.kill_before_at = time.monotonic() + grace
 
     def complain(self, worker: Worker, reason: str) -> None:
         """A worker has not become ready. At the start this is the end; else it is tried again."""
@@ -8357,6 +8480,17 @@ class Parent(Process):
                           worker.number, worker.pid, silent)
             if 0 < self.server.params.worker_timeout < silent and worker.looks > 1:
                 os.kill(worker.pid, signal.SIGKILL)
+
+
+    def look_at_those_before(self) -> None:
+        """Whether the workers of the program that this process was before have ended."""
+        for pid in tuple(self.before):
+            if time.monotonic() >= min(self.kill_at, self.kill_before_at):
+                os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self.before.remove(pid)
+        if not self.before and len(self.lifelines) > 1:
+            os.close(self.lifelines.pop())
 
 
 def describe_status(status: int) -> str:
@@ -8396,10 +8530,16 @@ def run(**parameters: Any) -> None:
     try:
         for number in wanted:
             previous[number] = signal.signal(number, process.signals.note)
-        process.run()
+        if process.environment.before:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        if process.environment.only_check:
+            process.check()
+        else:
+            process.run()
     finally:
         server.stop(0)
-        server.bind().close()
+        for listener in server.bind():
+            listener.close()
         for number, before in previous.items():
             signal.signal(number, before)
         process.signals.bell.close()

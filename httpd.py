@@ -74,6 +74,7 @@ import weakref
 from bisect import bisect_left
 from collections import deque
 from contextlib import contextmanager
+from contextlib import redirect_stdout
 from contextlib import suppress
 from contextvars import copy_context
 from email.utils import formatdate
@@ -196,7 +197,7 @@ def check_address(text: str) -> None:
     if ":" in address:
         family = socket.AF_INET6
     try:
-        if percent and (family == socket.AF_INET or not zone):
+        if percent and (family == socket.AF_INET or not zone or "\0" in zone):
             raise ValueError(zone)
         socket.inet_pton(family, address)
     except (OSError, ValueError):
@@ -332,7 +333,8 @@ def convert(module: str, name: str, value: Any) -> Any:
         return value
     rows = {row.name: row for row in PARAMETERS[module]}
     if name not in rows:
-        meant = SYNONYMS.get(name.lower(), name.lower())
+        text = str(name).lower()
+        meant = SYNONYMS.get(text, text)
         raise ConfigError('%s: unknown parameter "%s"%s' % (module, name, nearest(meant, rows)))
     try:
         return rows[name].convert(value)
@@ -450,8 +452,9 @@ loading: list[str] = []
 def describe(error: BaseException) -> str:
     """What a program's own code has raised, and where: `KeyError: 'x', raised at FILE:LINE`."""
     text = "%s: %s" % (type(error).__name__, error)
+    ways = (__file__, import_module.__code__.co_filename)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+              if frame.filename not in ways and not frame.filename.startswith("<frozen")]
     if frames:
         text += ", raised at %s:%s" % (frames[-1].filename, frames[-1].lineno)
     return text
@@ -478,7 +481,7 @@ def loadmodule(name: str, **parameters: Any) -> None:
         log.debug("%s: traceback", name, exc_info=True)
         hint = ""
         if isinstance(error, ModuleNotFoundError):
-            hint = nearest(name, ["httpd", *BUILT_IN])
+            hint = nearest(name.lower(), ["httpd", *BUILT_IN])
         raise ConfigError("%s: cannot be loaded: %s%s" % (name, describe(error), hint)) from error
     finally:
         loading.pop()
@@ -618,6 +621,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> None:
     ConfigError has all problems, each a line `FILE:LINE: MODULE: what is wrong`. Main thread.
     """
     problems: list[str] = []
+    path = os.fspath(path)              # open() would take a number, and close that descriptor
     settings = read_config(path, problems)
     modules: dict[str, str] = {}        # to be loaded -> FILE:LINE of the first line that says so
     for setting in settings:
@@ -645,7 +649,7 @@ def located(setting: Setting, directory: str) -> Setting:
     """A path in a configuration is relative to where the configuration lies."""
     kinds = {row.name: row.kind for row in PARAMETERS.get(setting.module, ())}
     kind, value = kinds.get(setting.name), setting.value
-    if kind == "path" and value not in ("", "-", "syslog:"):
+    if kind == "path" and value not in ("", "-") and not value.startswith("syslog:"):
         value = os.path.join(directory, value)
     elif kind == "secret" and value.startswith("file:"):
         value = "file:" + os.path.join(directory, value[5:])
@@ -820,8 +824,7 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
             (upload_data_cb, "request, data")):
         if callback is not None:
             check_callback(place, callback, arguments)
-    if isinstance(upload_limit, str):
-        in_force("httpd", **{upload_limit: 2**26})      # ConfigError if it is no parameter
+    check_upload_limit(place, upload_limit)
     others = None
     if methods is None:
         methods, others = METHODS, access_handler_cb
@@ -839,6 +842,15 @@ def register_httpdcb(module: str, root_path: str, access_handler_cb: AccessHandl
         management, others)
 
 
+def check_upload_limit(place: str, limit: Any) -> None:
+    """Bytes, or the name of a parameter whose value is bytes."""
+    if isinstance(limit, str):
+        in_force("httpd", **{limit: 2**26})             # ConfigError if it is no parameter
+    elif not isinstance(limit, (int, float)) or not limit >= 0:         # nor is NaN
+        raise ConfigError("%s: upload_limit must be a number of bytes, or the name of a parameter "
+                          "of httpd, not %r" % (place, limit))
+
+
 def checked_root_path(module: str, root_path: str) -> str:
     """The name of a root that can be registered."""
     name = root_path.strip(" \t\r\n") if isinstance(root_path, str) else "?"
@@ -851,14 +863,20 @@ def checked_root_path(module: str, root_path: str) -> str:
     return name
 
 
+def check_function(place: str, function: Any, hint: str = "") -> None:
+    """ConfigError, if it is none, or async."""
+    import inspect                      # 10 ms
+    if not callable(function):
+        raise ConfigError("%s: no function: %r" % (place, function))
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(
+            "%s: %r is async: it has to be a plain function%s" % (place, function, hint))
+
+
 def check_callback(place: str, callback: Any, arguments: str) -> None:
     """ConfigError, if it is not to be called with these arguments."""
     import inspect                      # 10 ms
-    if not callable(callback):
-        raise ConfigError("%s: no function: %r" % (place, callback))
-    if inspect.iscoroutinefunction(callback):
-        raise ConfigError("%s: %r is async: it has to be a plain function, which may return SUSPEND"
-                          % (place, callback))
+    check_function(place, callback, ", which may return SUSPEND")
     try:
         inspect.signature(callback).bind(*filter(None, arguments.split(", ")))
     except TypeError as error:
@@ -882,6 +900,7 @@ def check_methods(place: str, methods: Sequence[str]) -> None:
 
 def unregister_httpdcb(root_path: str) -> None:
     """Take a root path out again: 404 from now on. ConfigError if it is not there. Any thread."""
+    root_path = str(root_path)
     if roots.pop(root_path.strip(" \t\r\n"), None) is None:
         raise ConfigError(
             'root path "%s" is not registered%s' % (root_path, nearest(root_path, roots)))
@@ -2074,13 +2093,28 @@ def networks(text: str) -> list[Any]:
                           "10.0.0.0/8" % error, "trusted_proxies") from None
 
 
+def served_hosts(text: str) -> set[str]:
+    """The value of allowed_hosts; empty: any. ConfigError for what no Host field can say."""
+    words = listed(text)
+    for word in words:
+        try:
+            if word != "*" and not is_address(word):
+                check_host(word)
+                require("*" not in word, 400, "a * stands alone")
+        except HTTPError:
+            raise ConfigError(
+                "httpd: allowed_hosts: %r is no host: write names as a client sends them, such as "
+                "example.com, addresses, or * for any" % word, "allowed_hosts") from None
+    if "*" in words:
+        return set()
+    return set(map(bare_host, words))
+
+
 class Access:
     """The rules of a server about who may, and its counts of connections by address."""
 
     def __init__(self, params: Limits) -> None:
-        self.hosts = set(map(bare_host, listed(params.allowed_hosts)))
-        if "*" in self.hosts:
-            self.hosts = set()
+        self.hosts = served_hosts(params.allowed_hosts)
         self.names_all = not params.allowed_hosts       # not even a `*` was said
         self.user = params.auth_username
         self.wanted = b""
@@ -5502,11 +5536,13 @@ def register_mi(name: str, function: Callable[..., Any], *, threads: bool = Fals
 
     Text for a parameter annotated int or float becomes a number. HTTPError(404, "no such dialog")
     is the command's own error. With threads=True it runs in one of mi_http's threads, else nobody
-    else is served meanwhile. ConfigError: the name is taken. Any thread.
+    else is served meanwhile. ConfigError: the name is taken, or it is no function. Any thread.
     """
-    if name in mi_commands or not re.fullmatch("[A-Za-z0-9_.:-]+", name):
-        raise ConfigError(
-            'MI command "%s": the name is taken, or not made of letters, digits and _.:-' % name)
+    named = isinstance(name, str) and re.fullmatch("[A-Za-z0-9_.:-]+", name)
+    if not named or name in mi_commands:
+        raise ConfigError('MI command "%s": the name is taken, or not made of letters, digits and '
+                          '_.:-' % (name,))
+    check_function('MI command "%s"' % name, function)
     mi_commands[name] = Command(function, threads)
 
 
@@ -6709,6 +6745,8 @@ class SystemLog:
 def open_log(path: str) -> Union[LogFile, SystemLog]:
     if path == "syslog:":
         return SystemLog()
+    if path.startswith("syslog:"):
+        raise ValueError("write syslog: and nothing behind it: the facility is daemon")
     return LogFile(path)
 
 
@@ -7919,6 +7957,8 @@ def say(text: str, to_stderr: bool) -> None:
             print(text, file=sys.stderr, flush=True)
         else:
             print(text, flush=True)
+    except ValueError:                  # closed by the program, or an encoding that lacks a letter
+        return
     except OSError:                     # the interpreter would fail at its end too
         if not to_stderr:
             sys.stdout = open(os.devnull, "w")
@@ -7946,25 +7986,44 @@ class Environment(NamedTuple):
     before: str             # the lifeline, and the workers, of the program that it was before
 
 
-def take_environment() -> Environment:
-    """ConfigError if what is handed over are no listeners."""
-    take = functools.partial(os.environ.pop)
-    count, pid = take("LISTEN_FDS", "0"), take("LISTEN_PID", "")
-    take("LISTEN_FDNAMES", "")
-    if count != "0" and pid != str(os.getpid()):
+def take_number(name: str, default: int) -> int:
+    """What the environment says, once. ConfigError if it is no number."""
+    text = os.environ.pop(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError("httpd: %s=%s in the environment is no number" % (name, text)) from None
+
+
+def take_listeners() -> list[socket.socket]:
+    """The sockets that systemd, or a process that this one replaces, hands over."""
+    count, pid = take_number("LISTEN_FDS", 0), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", "")
+    if count and pid != str(os.getpid()):
         raise ConfigError("httpd: the socket that is handed over is for process %s: start this "
                           "one with exec" % pid, "ip")
     sockets = []
-    for descriptor in range(LISTEN_FD, LISTEN_FD + int(count)):
+    for descriptor in range(LISTEN_FD, LISTEN_FD + count):
         os.set_inheritable(descriptor, False)
         sock = socket.socket(fileno=descriptor)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError("httpd: a socket that is handed over does not listen", "ip")
         sockets.append(sock)
-    ready = int(take("HTTPD_READY_FD", "-1"))
-    if ready >= 0:
-        os.set_inheritable(ready, False)
-    watchdog = int(take("WATCHDOG_USEC", "0")) / 1e6
+    return sockets
+
+
+def take_environment() -> Environment:
+    """ConfigError if what is handed over are no listeners."""
+    take = functools.partial(os.environ.pop)
+    try:
+        sockets = take_listeners()
+        ready = take_number("HTTPD_READY_FD", -1)
+        if ready >= 0:
+            os.set_inheritable(ready, False)
+    except OSError as error:
+        raise ConfigError("httpd: what LISTEN_FDS or HTTPD_READY_FD of the environment hand over "
+                          "is no socket or pipe: %s" % error.strerror, "ip") from None
+    watchdog = take_number("WATCHDOG_USEC", 0) / 1e6
     return Environment(take("NOTIFY_SOCKET", ""), watchdog, sockets, ready, take("HTTPD_FILE", ""),
                        take("HTTPD_ONLY_CHECK", "") != "", take("HTTPD_BEFORE", ""))
 
@@ -8048,7 +8107,9 @@ class Process:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.environment = environment = take_environment()
-        self.directory = os.getcwd()
+        self.directory = "."
+        with suppress(OSError):         # it may have been removed, and only a restart needs it
+            self.directory = os.getcwd()
         self.signals = Signals()
         self.stops = 0                  # signals to stop so far
         self.successor: Optional[subprocess.Popen[bytes]] = None
@@ -8602,6 +8663,25 @@ def print_beginning() -> None:
         print()
 
 
+def check(path: str) -> int:
+    """What -t does: the status."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        if path:
+            print_in_force()
+        else:
+            print_beginning()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = output.getvalue().encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        print("httpd.py: the output cannot be written: %s" % error.strerror, file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")      # the interpreter would fail at its end too
+        return 1
+    return 0
+
+
 def make_parser() -> argparse.ArgumentParser:
     import argparse                     # 6 ms, and only the command line needs it
     parser = argparse.ArgumentParser(
@@ -8642,16 +8722,16 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        if options.t and options.file:
-            print_in_force()
-        elif options.t:
-            print_beginning()
-        else:
-            run()
+        if options.t:
+            return check(options.file)
+        run()
     except ConfigError as error:
         return complain(options.file or "inside", str(error), error.parameter)
     except OSError as error:
-        return complain(options.file or "inside", str(error.strerror), "port")
+        hint, parameter = "", "port"
+        if error.errno == errno.EMFILE:
+            hint, parameter = ": raise the limit, see ulimit -n", ""
+        return complain(options.file or "inside", "%s%s" % (error.strerror, hint), parameter)
     return 0
 
 

@@ -3473,7 +3473,7 @@ class Connection:
             self.refuse(error)
             self.turn()
             return
-        if not self.server.is_ours():           # a forked process ends: it leaves the peer alone
+        if not self.server.is_ours():           # the sockets are closed there
             raise error
         self.close(cut=True)
         if isinstance(error, OSError):
@@ -4209,6 +4209,12 @@ class Loop:
         """Not a copy in a forked process: that must leave the epoll, and the peers, alone."""
         return self.pid == os.getpid()
 
+    def check_ours(self) -> None:
+        """RuntimeError in a forked process, where all files are closed."""
+        if not self.is_ours():
+            raise RuntimeError("this process was forked by what a server has called: it must end "
+                               "by os._exit(), the server is its parent's")
+
     def add(self, file: Any, events: int, callback: Callable[[], Any]) -> None:
         """Call the callback when the file is ready. OSError: the system has no more watches."""
         descriptor = descriptor_of(file)
@@ -4294,17 +4300,33 @@ class Loop:
     def close(self) -> None:
         for companion in self.companions:
             call_safely("the end of what accompanies a server", companion.close)
-        for sock in self.closing:
-            sock.close()
-        mailbox = self.mailbox
         self.stop_listening()
-        for file in (mailbox.bell, mailbox.button, self.hang_ups, self.poll, self.selector):
+        self.close_files()
+
+    def close_files(self) -> None:
+        mailbox = self.mailbox
+        file: Any
+        for file in (*self.closing, mailbox.bell, mailbox.button, self.hang_ups, self.poll,
+                     self.selector):
             file.close()
 
 
 # ------------------------------------------------------------------------------------------- Server
 
 servers: set[Server] = set()    # those that listen
+
+
+def leave_to_parent() -> None:
+    """In a process that a program has forked. It may live long, and hold no port and no client."""
+    for server in servers:
+        for connection in server.connections:
+            connection.sock.close()
+        for listener in server.loop.listeners:
+            listener.sock.close()
+        server.loop.close_files()
+
+
+os.register_at_fork(after_in_child=leave_to_parent)
 
 
 def measure(server: Server) -> None:
@@ -4679,6 +4701,9 @@ class Server:
             if pending_services and not self.stopping:
                 begin_services(self)
             self._turn(loop, min(limit for limit in limits if limit is not None))
+        except (OSError, ValueError):
+            loop.check_ours()
+            raise
         finally:
             loop.turning = False
         if self._drained():
@@ -4803,6 +4828,8 @@ class Server:
                 self._turn(loop, self.timeout())
         except BaseException as failure:
             loop.failure = failure
+            if isinstance(failure, (OSError, ValueError)):
+                loop.check_ours()
             if self._thread is None or loop.ready:
                 raise                           # else start() raises it
         finally:
@@ -8405,6 +8432,10 @@ class Parent(Process):
         except ConfigError as error:
             reason = "%s:%s" % (error.parameter, error)
             os.write(writing, reason.encode(errors="replace")[:select.PIPE_BUF])
+        except OSError as error:
+            reason = ":httpd: worker %d cannot serve: %s" % (worker.number, error.strerror)
+            with suppress(OSError):             # that it has been ready is known there
+                os.write(writing, reason.encode())
         except BaseException:
             log.exception("worker %d has failed", worker.number)
         return 1

@@ -3626,6 +3626,44 @@ with httpd.Server(ip="127.0.0.1", port=0) as server:
         assert process.wait(10) == 0
 
 
+FORKS = """
+import os, sys, threading, time, httpd
+def answer(request, page):
+    if os.fork() == 0:
+        WHAT
+    page.write("%d" % os.getpid())
+httpd.register_httpdcb("test", "h", answer)
+server = httpd.Server(ip="127.0.0.1", port=0)
+print(server.port, os.getpid(), flush=True)
+threading.Thread(target=lambda: sys.stdin.read() or server.stop(), daemon=True).start()
+server.run()
+"""
+
+
+@table("what", [
+    ("pass", "it answers too"),
+    ("return httpd.SUSPEND", "it would be called again"),
+    ("time.sleep(0.5)", "it lives longer than its parent"),
+])
+def test_a_child_of_a_handler_has_no_server(what):
+    line = [sys.executable, "-c", FORKS.replace("WHAT", what)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, cwd=HERE, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        port, parent = process.stdout.readline().split()
+        with connect(port=int(port)) as client, connect(port=int(port)) as idle:
+            idle.sendall(get(b"/none"))
+            assert answers(read(idle, 1))[0].status == 404
+            for _ in range(3):
+                client.sendall(get(b"/h"))
+                assert answers(read(client, 1))[0].body == parent
+            process.stdin.close()
+            assert read(idle) == b""  # nobody else holds it
+            assert process.wait(10) == 0
+        socket.create_server(("127.0.0.1", int(port))).close()
+        errors = process.stderr.read().decode()
+        assert errors.count("it must end by os._exit()") == 3, errors
+
+
 def test_two_threads_that_are_the_first(server, monkeypatch):
     """Both would open a listener, and the port would not be the one that is served."""
     real, found = socket.socket.bind, []
@@ -8284,6 +8322,8 @@ def test_operators_mistakes_are_a_line_each(mistakes, arguments, status, stderr,
     ("export LISTEN_FDS=1 LISTEN_PID=$$; exec 3</dev/null; exec", [], 1,
      "good.cfg:2: httpd: what LISTEN_FDS or .*: Socket operation on non-socket\n", "no socket"),
     ("ulimit -n 8; exec", [], 1, "good.cfg: Too many open files: raise the limit, see ulimit -n\n", "ulimit"),
+    ("ulimit -n 12; exec", ["-o", "workers=2"], 1,
+     "good.cfg: httpd: worker [01] cannot serve: Too many open files\n", "ulimit of workers"),
     ("exec >/dev/full; exec", ["-t"], 1, "httpd.py: the output cannot be written: No space left .*\n", "-t to a full disk"),
     ("PYTHONIOENCODING=ascii exec", ["-t"], 0, "", "-t to who reads ASCII"),
 ])

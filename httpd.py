@@ -2164,7 +2164,9 @@ class Access:
         return self.connections[key] <= self.most
 
     def leave(self, address: str) -> None:
-        """A connection has ended."""
+        """A connection has ended that enter() was told of."""
+        if self.proxies and self.is_proxy(address):     # it has not been counted, its /64 may be
+            return
         key = network_of(address)
         left = self.connections.get(key, 0) - 1
         if left > 0:
@@ -3718,11 +3720,18 @@ def ask(connection: Connection) -> bool:
     return connection.enter(asked)
 
 
+def is_gone(sock: socket.socket) -> bool:
+    """Whether nothing more can leave: after a reset, or when a unix socket has lost its peer."""
+    look = select.poll()
+    look.register(sock, 0)                      # what is told of all the same: EPOLLERR, EPOLLHUP
+    return bool(look.poll(0))
+
+
 def half_closed(connection: Connection) -> bool:
     """A callback waits, the client has ended its side and cannot be asked."""
     if resumed(connection):
         return go_on(connection)
-    if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+    if is_gone(connection.sock):
         connection.close(cut=True)
     return False
 

@@ -1871,6 +1871,13 @@ def test_a_network_of_ipv6_counts_as_one():
     assert access.enter("2001:db8:1:3::1") and access.enter("1.2.3.4") and not access.enter("1.2.3.4")
 
 
+def test_the_end_of_a_proxy_gives_its_neighbours_no_place():
+    access = httpd.Access(httpd.Limits(max_connections_per_ip=1, trusted_proxies="2001:db8::1"))
+    assert access.enter("2001:db8::2") and access.enter("2001:db8::1")
+    access.leave("2001:db8::1")
+    assert not access.enter("2001:db8::3")
+
+
 @table("values, warned", [
     (dict(ip="0.0.0.0"), True, "open to everybody"),
     (dict(ip="127.0.0.1"), False, "loopback"),
@@ -3688,6 +3695,29 @@ def read_some(client):
     while not is_due(data, 1):
         data += client.recv(1 << 20)
     return data
+
+
+@table("path, version", [
+    (b"/park", b"1.0", "HTTP/1.0 knows no 100 (Continue)"),
+    (b"/waits", b"1.0", "nor in the middle of a stream"),
+    (b"/waits", b"1.1", "there is no place for one"),
+])
+def test_a_client_of_a_unix_socket_that_has_gone_is_noticed(unix, path, version):
+    """Its end is no error of the socket, and its epoll tells of it for ever."""
+    httpd.register_httpdcb("test", "park", lambda request, page: httpd.SUSPEND)
+    httpd.register_httpdcb("test", "waits", lambda request, page: 200, lambda request, pos, buf: 0)
+    server = httpd.Server(ip="unix:" + unix)
+    server.bind()
+    with connect_unix(unix) as client:
+        client.sendall(b"GET %s HTTP/%s\r\nHost: a\r\n\r\n" % (path, version))
+        wait_for(lambda: [state(each) for each in server.connections] == ["suspended"], server)
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # what is not read would make its end a reset
+            client.recv(1000)
+    for _ in range(3):
+        server.run_once(0.01)
+    assert not server.connections and server.held == 0
+    server.stop(0)
 
 
 def test_tcp_has_no_peer_cred(server):

@@ -3528,9 +3528,12 @@ def greet(connection: Connection) -> bool:
     if first != b"\x16":                    # a handshake's first byte (RFC 8446, 5.1)
         raise HTTPError(400, "this is the HTTPS port, say https://")
     context = connection.server.transport.context
-    connection.sock = context.wrap_socket(
-        connection.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
-    )
+    try:
+        connection.sock = context.wrap_socket(
+            connection.sock, server_side=True, do_handshake_on_connect=False,
+            suppress_ragged_eofs=False)
+    except ValueError as error:             # ssl reads, without TLS, what a reset has left
+        raise ConnectionResetError(str(error)) from None
     connection.enter(shake_hands)
     return True
 

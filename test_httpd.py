@@ -4943,6 +4943,16 @@ def test_plain_http_on_the_tls_port(https, raw):  # OPENSIPS, never 7
         assert answer.body == b"400 this is the HTTPS port, say https://\n"
 
 
+def test_a_reset_behind_the_first_bytes_is_no_fault_of_the_server(pki, caplog):
+    server = httpd.Server(**LOCAL, tls_cert_file=pki / "rsa.pem", tls_key_file=pki / "rsa.key")
+    client = connect(server)
+    client.sendall(b"\x16\x03\x01")
+    client.reset()
+    wait_for(lambda: server.accepted, server)
+    assert not server.connections and not caplog.records
+    server.stop(0)
+
+
 def test_silent_and_half_way_clients_delay_nobody_and_are_dropped(https, later):
     server = https("ec")
     with contextlib.ExitStack() as stack:

@@ -1855,12 +1855,13 @@ def check_target(line: Buffer) -> None:
 
 class SizedContent:
     """The content of a request that has a Content-Length: hands it to `write`, piece by piece."""
-    __slots__ = ("left", "write", "held")
+    __slots__ = ("left", "write", "held", "has_more")
 
     def __init__(self, length: int, write: Callable[[bytes], Any]) -> None:
         self.left = length      # bytes to come
         self.write = write
         self.held = 0           # bytes that are kept here: never any
+        self.has_more = False
 
     def feed(self, data: bytes) -> Optional[bytes]:
         """Take received bytes. Returns what came behind the content; None: more is to come."""
@@ -1876,11 +1877,12 @@ class ChunkedContent:
 
     `too_large` is raised as soon as it is over `limit` bytes. `overhead`: bytes that the chunk
     extensions, and the trailer section, may have. A step runs next: True to go on, False to wait.
+    Of tiny chunks, which cost the most, feed() leaves some for the next time: `has_more`.
     """
 
     __slots__ = (
         "limit", "overhead", "write", "data", "step", "left", "good", "too_large", "trailers",
-        "whole")
+        "whole", "has_more")
 
     def __init__(self, limit: float, overhead: int, write: Callable[[bytes], Any],
                  too_large: HTTPError) -> None:
@@ -1894,6 +1896,7 @@ class ChunkedContent:
         self.trailers = Beginning(AT_LINE)
         self.step: Callable[[ChunkedContent], bool] = ChunkedContent._read_size
         self.whole = False
+        self.has_more = False
 
     @property
     def held(self) -> int:
@@ -1902,8 +1905,11 @@ class ChunkedContent:
     def feed(self, data: bytes) -> Optional[bytes]:
         """As that of SizedContent."""
         self.data += data
-        while self.step(self):
-            pass
+        self.has_more = True
+        for _ in range(CHUNK_STEPS):
+            if not self.step(self):
+                self.has_more = False
+                break
         return bytes(self.data) if self.whole else None
 
     def _read_size(self) -> bool:
@@ -2595,6 +2601,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NOTHING = memoryview(b"")
 GREEDY = 16                 # requests that a connection has answered in one turn, or pieces of a
 SMALL_PIECE = 4096          # stream, if they have fewer bytes than this
+CHUNK_STEPS = 300           # for chunks of content, each of which takes three
 LEAST_RATE = 500            # bytes a second that a client has to take, or send
 LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
 LINGER_TIME = 30.0          # and seconds in all
@@ -2983,7 +2990,10 @@ def take_content(connection: Connection, data: bytes) -> Optional[Request]:
     if rest is None:
         params, now = connection.server.params, connection.server.now
         longest = max(params.keep_alive, params.request_timeout)
-        connection.deadline = min(connection.deadline + len(data) / LEAST_RATE, now + longest)
+        deadline = min(connection.deadline + len(data) / LEAST_RATE, now + longest)
+        if exchange.decoder.has_more:
+            wait_for_others(connection)
+        connection.deadline = deadline
         return None
     connection.received = rest
     request = exchange.request
@@ -3095,7 +3105,7 @@ class Connection:
         idle ──> receive_head ──> serve ──> idle       the next request is not here yet
                                    │ ^ ├──> proceed    more has been received
                  receive_content <─┘ │ ├──> end        the last response, nothing more is read
-                        └────────────┘ ├──> shut ──> linger     refused: read on and discard
+           decode <──> ─┴────────────┘ ├──> shut ──> linger     refused: read on and discard
                                        ├──> stream     flush_data_cb has more
               suspended, overfull, <───┴─── stream
               half_closed, asked       until request.resume() is called
@@ -3593,7 +3603,10 @@ def wait_for_others(connection: Connection) -> bool:
 
 
 def after_others(connection: Connection) -> State:
-    return proceed if connection.exchange is None else stream
+    exchange = connection.exchange
+    if exchange is None:
+        return proceed
+    return stream if exchange.decoder is None else decode
 
 
 def have_turn(connection: Connection) -> None:
@@ -3620,8 +3633,18 @@ def receive_head(connection: Connection) -> bool:
 
 
 def receive_content(connection: Connection) -> bool:
-    data = receive(connection, CONTENT_SIZE)
-    request = take_content(connection, data)
+    exchange = connection.exchange
+    assert exchange is not None and exchange.decoder is not None
+    # what may be many small chunks is kept, and so not much of it
+    size = min(CONTENT_SIZE, max(RECEIVE_SIZE, exchange.decoder.left))
+    request = take_content(connection, receive(connection, size))
+    return request is not None and connection.serve(request)
+
+
+def decode(connection: Connection) -> bool:
+    """More of the content is here, in chunks that others did not wait for."""
+    connection.state = receive_content
+    request = take_content(connection, b"")
     return request is not None and connection.serve(request)
 
 
@@ -3821,6 +3844,8 @@ STATES: dict[State, StateRow] = {
         READ, "request_timeout", refuse_late, 1, FINISHES, RECEIVING, HEAD_TIMEOUTS),
     receive_content: StateRow(
         READ, "request_timeout", refuse_late, 1, FINISHES, RECEIVING, CONTENT_TIMEOUTS),
+    decode: StateRow(
+        0, "request_timeout", refuse_late, STAYS, FINISHES, RECEIVING, CONTENT_TIMEOUTS),
     proceed: StateRow(
         0, "request_timeout", close_silently, STAYS, FINISHES, RECEIVING, HEAD_TIMEOUTS),
     let_others: StateRow(

@@ -2462,6 +2462,41 @@ def test_greedy_ones_wait_their_turn(server):
         assert order.index("other") <= 32
 
 
+@pytest.mark.parametrize("behind", [b"", get(b"/o?behind")], ids=["alone", "a request behind it"])
+def test_who_sends_tiny_chunks_waits_his_turn(server, behind):
+    """A recv() may bring thousands: a hundred of them are read, and others answered between them."""
+    order = []
+    httpd.register_httpdcb("test", "o", lambda request, page: order.append((request.query, request.body)) or 204,
+                           methods=("GET", "POST"))
+    with connect(server) as greedy, connect(server) as other:
+        greedy.sendall(chunked(b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n", path=b"/o?greedy") + behind)
+        other.sendall(get(b"/o?other"))
+        wait_for(lambda: len(order) == 2 + bool(behind), server)
+        assert order == [("other", b""), ("greedy", b"x" * 1000), ("behind", b"")][:len(order)]
+        for _ in range(3):
+            server.run_once(0)
+        assert server.held == 0 and not server.loop.greedy
+
+
+def test_tiny_chunks_earn_no_more_time_than_other_content(server, later):
+    with connect(server) as client:
+        client.sendall(chunked(b"1\r\nx\r\n" * 500))
+        wait_for(lambda: [state(each) for each in server.connections] == ["receive_content"], server)
+        later(server.params.request_timeout + 3000 / 500 + 0.1)
+        assert answers(pump(server, client)[0])[0].status == 408
+
+
+@table("rest, status", [
+    (b"1\r\nxx\r\n", 400, "a chunk is not as long as it says"),
+    (b"g\r\n", 400, "no size"),
+    (b"fff\r\n", 413, "too much"),
+    (b"0\r\nHost: b\r\n\r\n", 400, "a trailer that must not be"),
+])
+def test_what_is_wrong_behind_tiny_chunks_is_refused(server, rest, status):
+    assert answers(exchange(server, get() + chunked(b"1\r\nx\r\n" * 500 + rest))[0])[1].status == status
+    assert server.held == 0
+
+
 def test_what_ends_the_program_ends_the_connection_first(server):
     def leave(request, page):
         raise KeyboardInterrupt

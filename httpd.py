@@ -3105,7 +3105,7 @@ class Connection:
         idle ──> receive_head ──> serve ──> idle       the next request is not here yet
                                    │ ^ ├──> proceed    more has been received
                  receive_content <─┘ │ ├──> end        the last response, nothing more is read
-           decode <──> ─┴────────────┘ ├──> shut ──> linger     refused: read on and discard
+                        └────────────┘ ├──> shut ──> linger     refused: read on and discard
                                        ├──> stream     flush_data_cb has more
               suspended, overfull, <───┴─── stream
               half_closed, asked       until request.resume() is called
@@ -3592,7 +3592,7 @@ def proceed(connection: Connection) -> bool:
 
 
 def let_others(connection: Connection) -> bool:
-    """There is more to be answered, or to be streamed: an event changes nothing."""
+    """There is more to be answered, read, or streamed: an event changes nothing."""
     return False
 
 
@@ -3606,7 +3606,7 @@ def after_others(connection: Connection) -> State:
     exchange = connection.exchange
     if exchange is None:
         return proceed
-    return stream if exchange.decoder is None else decode
+    return stream if exchange.decoder is None else receive_content
 
 
 def have_turn(connection: Connection) -> None:
@@ -3633,18 +3633,12 @@ def receive_head(connection: Connection) -> bool:
 
 
 def receive_content(connection: Connection) -> bool:
-    exchange = connection.exchange
+    exchange, data = connection.exchange, b""
     assert exchange is not None and exchange.decoder is not None
-    # what may be many small chunks is kept, and so not much of it
-    size = min(CONTENT_SIZE, max(RECEIVE_SIZE, exchange.decoder.left))
-    request = take_content(connection, receive(connection, size))
-    return request is not None and connection.serve(request)
-
-
-def decode(connection: Connection) -> bool:
-    """More of the content is here, in chunks that others did not wait for."""
-    connection.state = receive_content
-    request = take_content(connection, b"")
+    decoder = exchange.decoder
+    if not decoder.has_more:            # what may be many tiny chunks is kept: so not much of it
+        data = receive(connection, min(CONTENT_SIZE, max(RECEIVE_SIZE, decoder.left)))
+    request = take_content(connection, data)
     return request is not None and connection.serve(request)
 
 
@@ -3844,8 +3838,6 @@ STATES: dict[State, StateRow] = {
         READ, "request_timeout", refuse_late, 1, FINISHES, RECEIVING, HEAD_TIMEOUTS),
     receive_content: StateRow(
         READ, "request_timeout", refuse_late, 1, FINISHES, RECEIVING, CONTENT_TIMEOUTS),
-    decode: StateRow(
-        0, "request_timeout", refuse_late, STAYS, FINISHES, RECEIVING, CONTENT_TIMEOUTS),
     proceed: StateRow(
         0, "request_timeout", close_silently, STAYS, FINISHES, RECEIVING, HEAD_TIMEOUTS),
     let_others: StateRow(

@@ -5824,7 +5824,8 @@ class MIRoot:
             page.set_header("Content-Length", 0)
             return 202
         if self.pretty:
-            text = json.dumps(json.loads(text), indent=4)
+            with suppress(RecursionError):      # nested too deeply for that: as it is
+                text = json.dumps(json.loads(text), indent=4)
         try:
             page.write(text)
         except BufferError:
@@ -7381,7 +7382,9 @@ def answer_console(request: Request, page: Page) -> int:
         if text is None:
             request.state = batch
             return SUSPEND
-        answers[batch.calls.members[0].method] = readable(text)
+        with suppress(RecursionError):          # nested too deeply for that: as it is
+            text = readable(text)
+        answers[batch.calls.members[0].method] = text
     if request.query != "data":
         text = show_console(server, answers)
     elif answers:

@@ -5568,6 +5568,19 @@ def test_an_answer_larger_than_the_page_and_the_disk(caplog):
     server.stop(0)
 
 
+@pytest.mark.parametrize("path", ["/mi", "/?data"])
+def test_what_is_nested_too_deeply_to_be_set_out_is_sent_as_it_is(server, path, monkeypatch):
+    """Python 3.12 reads a thousand levels, and sets out fewer."""
+    httpd.modparam("mi_http", "pretty_printing", "1")
+    httpd.loadmodule("mi_http")
+    httpd.loadmodule("mi_html")
+    call = post(b'{"jsonrpc":"2.0","method":"uptime","id":1}', b"Content-Type: application/json", path=b"/mi")
+    raw = {"/mi": call, "/?data": order(b"command=uptime")}[path]
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: raising(RecursionError())())
+    answer, = answers(exchange(server, raw)[0])
+    assert answer.status == 200 and list(answer.json()) == ["jsonrpc", "result", "id"]
+
+
 def test_pretty_printing(server):
     httpd.modparam("mi_http", "pretty_printing", "1")
     httpd.loadmodule("mi_http")

@@ -1874,12 +1874,13 @@ def check_target(line: Buffer) -> None:
 
 class SizedContent:
     """The content of a request that has a Content-Length: hands it to `write`, piece by piece."""
-    __slots__ = ("left", "write", "held")
+    __slots__ = ("left", "write", "held", "has_more")
 
     def __init__(self, length: int, write: Callable[[bytes], Any]) -> None:
         self.left = length      # bytes to come
         self.write = write
         self.held = 0           # bytes that are kept here: never any
+        self.has_more = False
 
     def feed(self, data: bytes) -> Optional[bytes]:
         """Take received bytes. Returns what came behind the content; None: more is to come."""
@@ -1895,11 +1896,12 @@ class ChunkedContent:
 
     `too_large` is raised as soon as it is over `limit` bytes. `overhead`: bytes that the chunk
     extensions, and the trailer section, may have. A step runs next: True to go on, False to wait.
+    Of tiny chunks, which cost the most, feed() leaves some for the next time: `has_more`.
     """
 
     __slots__ = (
         "limit", "overhead", "write", "data", "step", "left", "good", "too_large", "trailers",
-        "whole")
+        "whole", "has_more")
 
     def __init__(self, limit: float, overhead: int, write: Callable[[bytes], Any],
                  too_large: HTTPError) -> None:
@@ -1913,6 +1915,7 @@ class ChunkedContent:
         self.trailers = Beginning(AT_LINE)
         self.step: Callable[[ChunkedContent], bool] = ChunkedContent._read_size
         self.whole = False
+        self.has_more = False
 
     @property
     def held(self) -> int:
@@ -1921,8 +1924,11 @@ class ChunkedContent:
     def feed(self, data: bytes) -> Optional[bytes]:
         """As that of SizedContent."""
         self.data += data
-        while self.step(self):
-            pass
+        self.has_more = True
+        for _ in range(CHUNK_STEPS):
+            if not self.step(self):
+                self.has_more = False
+                break
         return bytes(self.data) if self.whole else None
 
     def _read_size(self) -> bool:
@@ -2198,7 +2204,9 @@ class Access:
         return self.connections[key] <= self.most
 
     def leave(self, address: str) -> None:
-        """A connection has ended."""
+        """A connection has ended that enter() was told of."""
+        if self.proxies and self.is_proxy(address):     # it has not been counted, its /64 may be
+            return
         key = network_of(address)
         left = self.connections.get(key, 0) - 1
         if left > 0:
@@ -2627,6 +2635,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NOTHING = memoryview(b"")
 GREEDY = 16                 # requests that a connection has answered in one turn, or pieces of a
 SMALL_PIECE = 4096          # stream, if they have fewer bytes than this
+CHUNK_STEPS = 300           # for chunks of content, each of which takes three
 LEAST_RATE = 500            # bytes a second that a client has to take, or send
 LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
 LINGER_TIME = 30.0          # and seconds in all
@@ -3015,7 +3024,10 @@ def take_content(connection: Connection, data: bytes) -> Optional[Request]:
     if rest is None:
         params, now = connection.server.params, connection.server.now
         longest = max(params.keep_alive, params.request_timeout)
-        connection.deadline = min(connection.deadline + len(data) / LEAST_RATE, now + longest)
+        deadline = min(connection.deadline + len(data) / LEAST_RATE, now + longest)
+        if exchange.decoder.has_more:
+            wait_for_others(connection)
+        connection.deadline = deadline
         return None
     connection.received = rest
     request = exchange.request
@@ -3560,9 +3572,12 @@ def greet(connection: Connection) -> bool:
     if first != b"\x16":                    # a handshake's first byte (RFC 8446, 5.1)
         raise HTTPError(400, "this is the HTTPS port, say https://")
     context = connection.server.transport.context
-    connection.sock = context.wrap_socket(
-        connection.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
-    )
+    try:
+        connection.sock = context.wrap_socket(
+            connection.sock, server_side=True, do_handshake_on_connect=False,
+            suppress_ragged_eofs=False)
+    except ValueError as error:             # ssl reads, without TLS, what a reset has left
+        raise ConnectionResetError(str(error)) from None
     connection.enter(shake_hands)
     return True
 
@@ -3611,7 +3626,7 @@ def proceed(connection: Connection) -> bool:
 
 
 def let_others(connection: Connection) -> bool:
-    """There is more to be answered, or to be streamed: an event changes nothing."""
+    """There is more to be answered, read, or streamed: an event changes nothing."""
     return False
 
 
@@ -3622,7 +3637,10 @@ def wait_for_others(connection: Connection) -> bool:
 
 
 def after_others(connection: Connection) -> State:
-    return proceed if connection.exchange is None else stream
+    exchange = connection.exchange
+    if exchange is None:
+        return proceed
+    return stream if exchange.decoder is None else receive_content
 
 
 def have_turn(connection: Connection) -> None:
@@ -3649,7 +3667,11 @@ def receive_head(connection: Connection) -> bool:
 
 
 def receive_content(connection: Connection) -> bool:
-    data = receive(connection, CONTENT_SIZE)
+    exchange, data = connection.exchange, b""
+    assert exchange is not None and exchange.decoder is not None
+    decoder = exchange.decoder
+    if not decoder.has_more:            # what may be many tiny chunks is kept: so not much of it
+        data = receive(connection, min(CONTENT_SIZE, max(RECEIVE_SIZE, decoder.left)))
     request = take_content(connection, data)
     return request is not None and connection.serve(request)
 
@@ -3752,11 +3774,18 @@ def ask(connection: Connection) -> bool:
     return connection.enter(asked)
 
 
+def is_gone(sock: socket.socket) -> bool:
+    """Whether nothing more can leave: after a reset, or when a unix socket has lost its peer."""
+    look = select.poll()
+    look.register(sock, 0)                      # what is told of all the same: EPOLLERR, EPOLLHUP
+    return bool(look.poll(0))
+
+
 def half_closed(connection: Connection) -> bool:
     """A callback waits, the client has ended its side and cannot be asked."""
     if resumed(connection):
         return go_on(connection)
-    if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+    if is_gone(connection.sock):
         connection.close(cut=True)
     return False
 
@@ -5858,7 +5887,8 @@ class MIRoot:
             page.set_header("Content-Length", 0)
             return 202
         if self.pretty:
-            text = json.dumps(json.loads(text), indent=4)
+            with suppress(RecursionError):      # nested too deeply for that: as it is
+                text = json.dumps(json.loads(text), indent=4)
         try:
             page.write(text)
         except BufferError:
@@ -7417,7 +7447,9 @@ def answer_console(request: Request, page: Page) -> int:
         if text is None:
             request.state = batch
             return SUSPEND
-        answers[batch.calls.members[0].method] = readable(text)
+        with suppress(RecursionError):          # nested too deeply for that: as it is
+            text = readable(text)
+        answers[batch.calls.members[0].method] = text
     if request.query != "data":
         text = show_console(server, answers)
     elif answers:

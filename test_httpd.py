@@ -1902,6 +1902,13 @@ def test_a_network_of_ipv6_counts_as_one():
     assert access.enter("2001:db8:1:3::1") and access.enter("1.2.3.4") and not access.enter("1.2.3.4")
 
 
+def test_the_end_of_a_proxy_gives_its_neighbours_no_place():
+    access = httpd.Access(httpd.Limits(max_connections_per_ip=1, trusted_proxies="2001:db8::1"))
+    assert access.enter("2001:db8::2") and access.enter("2001:db8::1")
+    access.leave("2001:db8::1")
+    assert not access.enter("2001:db8::3")
+
+
 @table("values, warned", [
     (dict(ip="0.0.0.0"), True, "open to everybody"),
     (dict(ip="127.0.0.1"), False, "loopback"),
@@ -2484,6 +2491,41 @@ def test_greedy_ones_wait_their_turn(server):
         other.sendall(get(b"/o?other"))
         wait_for(lambda: len(order) == 201, server)
         assert order.index("other") <= 32
+
+
+@pytest.mark.parametrize("behind", [b"", get(b"/o?behind")], ids=["alone", "a request behind it"])
+def test_who_sends_tiny_chunks_waits_his_turn(server, behind):
+    """A recv() may bring thousands: a hundred of them are read, and others answered between them."""
+    order = []
+    httpd.register_httpdcb("test", "o", lambda request, page: order.append((request.query, request.body)) or 204,
+                           methods=("GET", "POST"))
+    with connect(server) as greedy, connect(server) as other:
+        greedy.sendall(chunked(b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n", path=b"/o?greedy") + behind)
+        other.sendall(get(b"/o?other"))
+        wait_for(lambda: len(order) == 2 + bool(behind), server)
+        assert order == [("other", b""), ("greedy", b"x" * 1000), ("behind", b"")][:len(order)]
+        for _ in range(3):
+            server.run_once(0)
+        assert server.held == 0 and not server.loop.greedy
+
+
+def test_tiny_chunks_earn_no_more_time_than_other_content(server, later):
+    with connect(server) as client:
+        client.sendall(chunked(b"1\r\nx\r\n" * 500))
+        wait_for(lambda: [state(each) for each in server.connections] == ["receive_content"], server)
+        later(server.params.request_timeout + 3000 / 500 + 0.1)
+        assert answers(pump(server, client)[0])[0].status == 408
+
+
+@table("rest, status", [
+    (b"1\r\nxx\r\n", 400, "a chunk is not as long as it says"),
+    (b"g\r\n", 400, "no size"),
+    (b"fff\r\n", 413, "too much"),
+    (b"0\r\nHost: b\r\n\r\n", 400, "a trailer that must not be"),
+])
+def test_what_is_wrong_behind_tiny_chunks_is_refused(server, rest, status):
+    assert answers(exchange(server, get() + chunked(b"1\r\nx\r\n" * 500 + rest))[0])[1].status == status
+    assert server.held == 0
 
 
 def test_what_ends_the_program_ends_the_connection_first(server):
@@ -3759,6 +3801,29 @@ def read_some(client):
     return data
 
 
+@table("path, version", [
+    (b"/park", b"1.0", "HTTP/1.0 knows no 100 (Continue)"),
+    (b"/waits", b"1.0", "nor in the middle of a stream"),
+    (b"/waits", b"1.1", "there is no place for one"),
+])
+def test_a_client_of_a_unix_socket_that_has_gone_is_noticed(unix, path, version):
+    """Its end is no error of the socket, and its epoll tells of it for ever."""
+    httpd.register_httpdcb("test", "park", lambda request, page: httpd.SUSPEND)
+    httpd.register_httpdcb("test", "waits", lambda request, page: 200, lambda request, pos, buf: 0)
+    server = httpd.Server(ip="unix:" + unix)
+    server.bind()
+    with connect_unix(unix) as client:
+        client.sendall(b"GET %s HTTP/%s\r\nHost: a\r\n\r\n" % (path, version))
+        wait_for(lambda: [state(each) for each in server.connections] == ["suspended"], server)
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # what is not read would make its end a reset
+            client.recv(1000)
+    for _ in range(3):
+        server.run_once(0.01)
+    assert not server.connections and server.held == 0
+    server.stop(0)
+
+
 def test_tcp_has_no_peer_cred(server):
     httpd.register_httpdcb("test", "h", tell_peer)
     assert answers(exchange(server, get(b"/h"))[0])[0].json()[2] is None
@@ -4982,6 +5047,16 @@ def test_plain_http_on_the_tls_port(https, raw):  # OPENSIPS, never 7
         assert answer.body == b"400 this is the HTTPS port, say https://\n"
 
 
+def test_a_reset_behind_the_first_bytes_is_no_fault_of_the_server(pki, caplog):
+    server = httpd.Server(**LOCAL, tls_cert_file=pki / "rsa.pem", tls_key_file=pki / "rsa.key")
+    client = connect(server)
+    client.sendall(b"\x16\x03\x01")
+    client.reset()
+    wait_for(lambda: server.accepted, server)
+    assert not server.connections and not caplog.records
+    server.stop(0)
+
+
 def test_silent_and_half_way_clients_delay_nobody_and_are_dropped(prompt, https, later):
     server = https("ec")
     with contextlib.ExitStack() as stack:
@@ -5563,6 +5638,19 @@ def test_an_answer_larger_than_the_page_and_the_disk(caplog):
     answer, = answers(exchange(server, raw)[0])
     assert answer.status == 500 and b"done, but the answer cannot be sent" in answer.body
     server.stop(0)
+
+
+@pytest.mark.parametrize("path", ["/mi", "/?data"])
+def test_what_is_nested_too_deeply_to_be_set_out_is_sent_as_it_is(server, path, monkeypatch):
+    """Python 3.12 reads a thousand levels, and sets out fewer."""
+    httpd.modparam("mi_http", "pretty_printing", "1")
+    httpd.loadmodule("mi_http")
+    httpd.loadmodule("mi_html")
+    call = post(b'{"jsonrpc":"2.0","method":"uptime","id":1}', b"Content-Type: application/json", path=b"/mi")
+    raw = {"/mi": call, "/?data": order(b"command=uptime")}[path]
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: raising(RecursionError())())
+    answer, = answers(exchange(server, raw)[0])
+    assert answer.status == 200 and list(answer.json()) == ["jsonrpc", "result", "id"]
 
 
 def test_pretty_printing(server):
@@ -8264,7 +8352,8 @@ COMMAND_ROWS = [
     (["good.cfg", "-o", "allowed_hosts=a, http://b/"], 1,
      r"-o allowed_hosts=.*: httpd: allowed_hosts: 'http://b/' is no host: .*\n", "a URL is no host"),
     (["good.cfg", "-o", "allowed_hosts=*.b"], 1, r".* allowed_hosts: '\*\.b' is no host: .*\n", "no patterns of hosts"),
-    (["syslog.cfg"], 1, r"syslog\.cfg:4: httpd: access_log syslog:local0 cannot be opened: write syslog: and nothing .*\n",
+    (["syslog.cfg"], 1,
+     r"syslog\.cfg:4: httpd: access_log syslog:local0 cannot be opened: write syslog: and nothing .*\n",
      "syslog has one facility"),
 ]
 
@@ -8324,7 +8413,8 @@ def test_operators_mistakes_are_a_line_each(mistakes, arguments, status, stderr,
     ("ulimit -n 8; exec", [], 1, "good.cfg: Too many open files: raise the limit, see ulimit -n\n", "ulimit"),
     ("ulimit -n 12; exec", ["-o", "workers=2"], 1,
      "good.cfg: httpd: worker [01] cannot serve: Too many open files\n", "ulimit of workers"),
-    ("exec >/dev/full; exec", ["-t"], 1, "httpd.py: the output cannot be written: No space left .*\n", "-t to a full disk"),
+    ("exec >/dev/full; exec", ["-t"], 1,
+     "httpd.py: the output cannot be written: No space left .*\n", "-t to a full disk"),
     ("PYTHONIOENCODING=ascii exec", ["-t"], 0, "", "-t to who reads ASCII"),
 ])
 def test_surroundings_that_cannot_be(tmp_path, set_up, arguments, status, stderr):

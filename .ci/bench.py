@@ -90,13 +90,15 @@ def bottle():
     app.route("/hello", callback=lambda: BODY)
     return app
 def django():
-    import types
+    from types import ModuleType
     from django.conf import settings
     from django.core.wsgi import get_wsgi_application
     from django.http import HttpResponse
     from django.urls import path
-    urls = types.SimpleNamespace(urlpatterns=[path("hello", lambda request: HttpResponse(BODY))])
-    settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
+    urls = ModuleType("urls")
+    urls.urlpatterns = [path("hello", lambda request: HttpResponse(BODY))]
+    if not settings.configured:                                 # granian's worker loads this twice
+        settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
     return get_wsgi_application()
 wsgi = globals().get(APP, listed)
 if APP in ("flask", "bottle", "django"):

@@ -4,15 +4,15 @@
     python .ci/bench.py get mi           these only, which writes nothing
     python .ci/bench.py readme           write the tables of README.md from bench.json
 
-Measured is the CPU time of a server per request, user and system, of all its processes and threads, in microseconds.
-It follows the load of the machine far less than requests per second do. A server runs on the first core, its load on
-the last. The servers of a scenario take turns within a round; the first round warms up and is dropped. A row has the
-median of the rounds and the least. A row with errors (a status that is not 2xx, a socket error, no request at all, a
-TLS session resumed) has failed, and no ratio is made of it.
+Measured is the CPU time of a server per request, user and system, of all its processes and threads, in
+microseconds. It follows the load of the machine far less than requests per second do. A server runs on the
+first core, its load on the last. The servers of a scenario take turns within a round; the first round warms
+up and is dropped. A row has the median of the rounds and the least. A row with errors (a status that is not
+2xx, a socket error, no request at all, a TLS session resumed) has failed, and no ratio is made of it.
 
-Every server sends the same status, content and Content-Type, and all but bjoern with a framework a Date; nothing is
-logged. It needs Linux. The peers go into a virtual environment in the user's cache directory, and what Debian has
-comes from apt-get if this is root. What cannot be had is named and left out.
+Every server sends the same status, content and Content-Type, and all but bjoern with a framework a Date;
+nothing is logged. It needs Linux. The peers go into a virtual environment in the user's cache directory,
+and what Debian has comes from apt-get if this is root. What cannot be had is named and left out.
 """
 import argparse
 import contextlib
@@ -54,6 +54,7 @@ BROWSER = {
     "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none",
     "Priority": "u=0, i"}                                               # Host makes ten
 RATE = 1000                 # requests a second when latency is measured
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 PAUSE = 300_000             # nanoseconds: later than that, the load generator itself has paused
 
 # ------------------------------------------------------------------------------------------ The servers
@@ -218,15 +219,18 @@ NGINX = """
 worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; USER
 events { worker_connections 20000; }
 http {
-    access_log off; server_tokens off; keepalive_requests 1000000000; sendfile off; default_type "TYPE";
-    client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
-    ssl_certificate FOLDER/../tls.crt; ssl_certificate_key FOLDER/../tls.key; ssl_protocols TLSv1.3;
+    access_log off; server_tokens off; keepalive_requests 1000000000; sendfile off;
+    default_type "TYPE";
+    client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
+    scgi_temp_path t5;
+    ssl_certificate FOLDER/../tls.crt; ssl_certificate_key FOLDER/../tls.key;
+    ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;
     server { listen 127.0.0.1:PORT backlog=1024 TLS; location /hello { CONTENT; } }
 }
 """
-# With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for the type,
-# gathers the content, parses it with cJSON, looks the command up, builds the answer as a cJSON tree, has it printed
-# into the one page, and has that copied into a response. Its allocator, logs and select() are not here.
+# With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for
+# the type, gathers the content, parses it with cJSON, looks the command up, builds the answer as a tree,
+# has it printed into the one page, and that copied into a response. Its logs and select() are missing.
 MICROHTTPD = r"""
 #define _GNU_SOURCE
 #include <microhttpd.h>
@@ -257,10 +261,12 @@ static cJSON *list_root_path(void) {
     return list;
 }
 static struct { const char *name; cJSON *(*run)(void); } commands[] = {
-    {"uptime"}, {"version"}, {"pwd"}, {"arg"}, {"which"}, {"ps"}, {"kill"}, {"httpd_list_root_path", list_root_path}, {0}};
+    {"uptime"}, {"version"}, {"pwd"}, {"arg"}, {"which"}, {"ps"}, {"kill"},
+    {"httpd_list_root_path", list_root_path}, {0}};
 static void *begin(void) { return calloc(1, sizeof(struct call)); }
 static void gather(struct call *call, const char *data, size_t more) {
-    if (call->size + more < sizeof call->text) memcpy(call->text + call->size, data, more), call->size += more;
+    if (call->size + more >= sizeof call->text) return;
+    memcpy(call->text + call->size, data, more), call->size += more;
 }
 static void finish(struct call *call, struct MHD_Connection *connection) {
     const char *kind = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Content-Type");
@@ -278,8 +284,9 @@ static void finish(struct call *call, struct MHD_Connection *connection) {
     size = strlen(content), cJSON_Delete(answer), cJSON_Delete(request), free(call);
 }
 #endif
-static enum MHD_Result answer(void *c, struct MHD_Connection *connection, const char *url, const char *method,
-                              const char *version, const char *data, size_t *data_size, void **call) {
+static enum MHD_Result answer(
+        void *c, struct MHD_Connection *connection, const char *url, const char *method,
+        const char *version, const char *data, size_t *data_size, void **call) {
     if (!*call) { *call = begin(); return MHD_YES; }
     if (*data_size) { gather(*call, data, *data_size); *data_size = 0; return MHD_YES; }
     finish(*call, connection);
@@ -298,7 +305,7 @@ int main(int count, char **arguments) {         /* port, type, file with the con
     while (daemon) pause();
 }
 """
-# wrk does not mean to, but by SSL_clear() it resumes its sessions. This is put before OpenSSL: it forgets them.
+# wrk does not mean to, but by SSL_clear() it resumes its sessions. Put before OpenSSL, this forgets them.
 HANDSHAKES = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -327,9 +334,13 @@ class Failed(Exception):
 class Server:
     """A running server. All that it starts is in its process group, by which it is measured and ended."""
 
-    def __init__(self, work: Path, name: str, app: str = "page", body: str = "Hello, world!\n", tls: bool = False,
-                 threads: int = 4, roots: int = 1, modules: tuple = (), **parameters: Any) -> None:
-        self.name, self.body, self.tls, self.mi = name, body.encode(), tls, "mi_http" in modules
+    def __init__(self, work: Path, name: str, app: str = "page", body: str = "Hello, world!\n",
+                 tls: bool = False, threads: int = 4, roots: int = 1, modules: tuple[str, ...] = (),
+                 **parameters: Any) -> None:
+        self.name = name
+        self.body = body.encode()
+        self.tls = tls
+        self.mi = "mi_http" in modules
         self.folder = Path(tempfile.mkdtemp(dir=work))
         self.port = next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port)))
         self.type = "application/json" if self.mi else "text/html; charset=utf-8"
@@ -337,7 +348,7 @@ class Server:
         content.write_bytes(self.body)
         if tls:
             parameters.update(tls_cert_file=str(work / "tls.crt"), tls_key_file=str(work / "tls.key"),
-                              tls_ciphers="NORMAL:-VERS-ALL:+VERS-TLS1.3")
+                              tls_ciphers="NORMAL:-VERS-ALL:+VERS-TLS1.3:-GROUP-ALL:+GROUP-X25519")
         settings = {"port": self.port, "app": app, "threads": threads, "roots": roots, "modules": modules,
                     "content": str(content), "type": self.type, "parameters": parameters}
         environment = {**os.environ, "BENCH": json.dumps(settings), "PYTHONPATH": str(work)}
@@ -361,8 +372,8 @@ class Server:
         return [VENV / "bin/python", self.folder / "serve.py"]
 
     def nginx(self, content: Path) -> str:
-        values = {"FOLDER": str(self.folder), "PORT": str(self.port), "TYPE": self.type, "TLS": "", "USER": "",
-                  "CONTENT": "alias %s" % content}
+        values = {"FOLDER": str(self.folder), "PORT": str(self.port), "TYPE": self.type, "TLS": "",
+                  "USER": "", "CONTENT": "alias %s" % content}
         if len(self.body) < 100:
             values["CONTENT"] = "return 200 %s" % json.dumps(self.body.decode())
         if self.tls:
@@ -471,8 +482,9 @@ def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> s
         environment["LD_PRELOAD"] = str(CACHE / "handshakes")
         scheme = "https"
     return subprocess.Popen(
-        ["nice", "-n", str(nice), "wrk", "-t1", "-c%d" % connections, "-d1h", "-s", server.folder / "wrk.lua",
-         "%s://127.0.0.1:%d/hello" % (scheme, server.port), "--", "%x-" % time.time_ns()],
+        ["nice", "-n", str(nice), "wrk", "-t1", "-c%d" % connections, "-d1h",
+         "-s", server.folder / "wrk.lua", "%s://127.0.0.1:%d/hello" % (scheme, server.port),
+         "--", "%x-" % time.time_ns()],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -489,8 +501,10 @@ def wrk(server: Server, seconds: float, script: str = "get", connections: int = 
         raise Failed("wrk says: %s" % said[-100:])
     requests, size, errors = map(int, found.groups())
     resumed = re.search("RESUMED [1-9]", said)
-    if errors or resumed or not size:
-        raise Failed("%d requests, %d errors%s" % (requests, errors, ", sessions resumed" if resumed else ""))
+    if resumed:
+        raise Failed("TLS sessions were resumed")
+    if errors or not requests + size:
+        raise Failed("%d requests, %d errors" % (requests, errors))
     if len(server.body) >= MIB:
         return spent / (size / MIB)                             # half a response counts, too
     return spent / requests
@@ -550,8 +564,8 @@ def beside_idle(server: Server, seconds: float) -> dict[str, float]:
 def start_cost(server: Server, seconds: float) -> dict[str, float]:
     """The CPU time of an import in a new process, and the memory of a server that has had one request."""
     module = server.name.replace(OURS, "httpd")
-    program = "import time; a = time.process_time_ns(); import %s; print(time.process_time_ns() - a)" % module
-    command = [VENV / "bin/python", "-c", program]
+    program = "import time; a = time.process_time_ns(); import %s; print(time.process_time_ns() - a)"
+    command = [VENV / "bin/python", "-c", program % module]
     taken = [int(output(*command, cwd=server.folder.parent)) for _ in range(7)]
     return {"import, ms": statistics.median(taken) / 1e6, "idle, MB": server.memory() / 1e6}
 
@@ -589,7 +603,7 @@ def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]],
 
 
 def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float]:
-    """Milliseconds, the generator's own pauses taken off, and in the last row the 99th percentile with them."""
+    """Milliseconds without the generator's own pauses, and in the last row the 99th percentile with them."""
     answers, pauses = answer_times(server, seconds)
     seen = sorted((done - due) / 1e6 for due, done in answers)
     told = []
@@ -597,8 +611,7 @@ def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float
         own = sum(max(0, min(done, end) - max(due, begin)) for begin, end in pauses)
         told.append((done - due - own) / 1e6)
     told.sort()
-    result = {"%s, %s" % (crowded, name): told[int(len(told) * part)]
-              for name, part in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)]}
+    result = {"%s, %s" % (crowded, name): told[int(len(told) * part)] for name, part in PERCENTILES.items()}
     result[crowded + ", p99 with own pauses"] = seen[int(len(seen) * 0.99)]
     return result
 
@@ -648,11 +661,13 @@ def limits(*pairs: tuple[str, float]) -> list[Target]:
 
 def of_wrk(title: str, script: str, servers: dict[str, dict], targets: list[Target], connections: int = 64,
            unit: str = "us") -> Scenario:
-    return Scenario(title, unit, functools.partial(wrk, script=script, connections=connections), servers, targets)
+    load = functools.partial(wrk, script=script, connections=connections)
+    return Scenario(title, unit, load, servers, targets)
 
 
 def framework(name: str) -> Scenario:
-    peers = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi", app=name)
+    peers = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
+                  app=name)
     servers = {**plain(OURS, app=name), **ours(**{"threads=0": {"app": name, "threads": 0}}), **peers}
     targets = limits(("waitress", 0.5)) if name == "flask" else []
     return of_wrk("the hello of %s, 4 threads" % name.capitalize(), "get", servers, targets)
@@ -670,8 +685,8 @@ def posting(title: str, script: str) -> Scenario:
     return of_wrk(title, script, servers, limits(("bjoern", 1.05)))
 
 
-EVERY = [OURS, "libmicrohttpd", "nginx", "bjoern", "granian-wsgi", "granian-asgi", "node", "uvicorn", "aiohttp",
-         "http.server"]
+EVERY = [OURS, "libmicrohttpd", "nginx", "bjoern", "granian-wsgi", "granian-asgi", "node", "uvicorn",
+         "aiohttp", "http.server"]
 LARGE = {"body": "x" * MIB, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}
 AHEAD = [(name, 1.0) for name in EVERY[2:]]
 SCENARIOS = {
@@ -680,12 +695,13 @@ SCENARIOS = {
                       limits(("bjoern", 1.05), ("uvicorn", 0.5))),
     "never-seen": of_wrk("the same, and a never-seen field each", "never-seen", plain(*EVERY),
                          limits(("uvicorn", 0.65), ("node", 1.0))),
-    "pipelined": of_wrk("pipelined by 16", "pipelined", plain(OURS, "nginx", "node", "uvicorn"), limits(("nginx", 0.6))),
+    "pipelined": of_wrk("pipelined by 16", "pipelined", plain(OURS, "nginx", "node", "uvicorn"),
+                        limits(("nginx", 0.6))),
     "new-connection": of_wrk("a new connection for each request", "new-connection", plain(*EVERY),
                              limits(("nginx", 1.1))),
     "post-400": posting("POST of 400 bytes", "post-400"),
     "post-64k": posting("POST of 64 KiB", "post-64k"),
-    "mi": of_wrk("JSON-RPC by POST to /mi", "mi", plain(OURS, "mi-in-C", modules=["mi_http"]),
+    "mi": of_wrk("JSON-RPC by POST to /mi", "mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
                  limits(("mi-in-C", 1.5))),
     "wsgi-list": on_bjoern("a list", "get", 1.8, "listed"),
     "wsgi-generator": on_bjoern("a generator", "get", 2.5, "generated"),
@@ -698,29 +714,37 @@ SCENARIOS = {
     "flask": framework("flask"),
     "django": framework("django"),
     "bottle": framework("bottle"),
-    "tls": of_wrk("TLS 1.3, P-256, kept alive", "get", plain(OURS, "nginx", tls=True), limits(("nginx", 1.15))),
-    "handshake": of_wrk("TLS 1.3, P-256, a full handshake each", "new-connection", plain(OURS, "nginx", tls=True),
-                        limits(("nginx", 1.15))),
-    "large": of_wrk("1 MiB from the page", "get", plain(OURS, "nginx", **LARGE), limits(("nginx", 1.2)), 8, "us/MiB"),
+    "tls": of_wrk("TLS 1.3, P-256, kept alive", "get", plain(OURS, "nginx", tls=True),
+                  limits(("nginx", 1.15))),
+    "handshake": of_wrk("TLS 1.3, P-256, a full handshake with X25519 each", "new-connection",
+                        plain(OURS, "nginx", tls=True), limits(("nginx", 1.15))),
+    "large": of_wrk("1 MiB from the page", "get", plain(OURS, "nginx", **LARGE), limits(("nginx", 1.2)),
+                    connections=8, unit="us/MiB"),
     "stream": of_wrk("64 MiB streamed", "get", plain(OURS, "nginx", app="stream", body="x" * 64 * MIB),
-                     limits(("nginx", 1.0)), 8, "us/MiB"),
-    "idle": Scenario("an idle connection", "bytes", idle_memory, plain(*EVERY), [Target(1000, OURS, how="<=")], True),
-    "beside-idle": Scenario("64 connections beside 10,000 idle ones", "us", beside_idle, plain(OURS), [
-        Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")]),
-    "log": of_wrk("access log", "get", ours(
-        off={}, combined={"access_log": "access.log"}, json={"access_log": "access.log", "access_log_format": "json"}),
-        [Target(2, "httpd.py, combined", "httpd.py, off", "+"), Target(2, "httpd.py, json", "httpd.py, off", "+")]),
-    "metrics": of_wrk("metrics", "get", ours(off={}, on={"modules": ["prometheus"]}),
+                     limits(("nginx", 1.0)), connections=8, unit="us/MiB"),
+    "idle": Scenario("an idle connection", "bytes", idle_memory, plain(*EVERY),
+                     [Target(1000, OURS, how="<=")], once=True),
+    "beside-idle": Scenario(
+        "64 connections beside 10,000 idle ones", "us", beside_idle, plain(OURS),
+        [Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")]),
+    "log": of_wrk(
+        "access log", "get",
+        ours(off={}, combined={"access_log": "access.log"},
+             json={"access_log": "access.log", "access_log_format": "json"}),
+        [Target(2, "httpd.py, %s" % name, "httpd.py, off", "+") for name in ("combined", "json")]),
+    "metrics": of_wrk("metrics", "get", ours(off={}, on={"modules": ("prometheus",)}),
                       [Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
     "workers": of_wrk("workers on one core", "get", ours(one={}, two={"workers": 2}),
                       [Target(1.05, "httpd.py, two", "httpd.py, one")]),
     "roots": of_wrk("roots", "get", ours(**{"1": {}, "10,000": {"roots": 10000}}),
                     [Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
-    "start": Scenario("import and an idle server", "", start_cost, plain(OURS, "http.server"), [
-        Target(1.0, OURS + ": import, ms", "http.server: import, ms"), Target(22, OURS + ": idle, MB", how="<=")]),
-    "latency": Scenario("latency of an ordinary client at %d/s, beside others" % RATE, "ms", latency,
-                        plain(OURS, "nginx"), [Target(20, OURS + ": 300 pipelining, p99", how="<="),
-                                               Target(20, OURS + ": 5,000 hang up, p99", how="<=")])}
+    "start": Scenario(
+        "import and an idle server", "", start_cost, plain(OURS, "http.server"),
+        [Target(1.0, OURS + ": import, ms", "http.server: import, ms"),
+         Target(22, OURS + ": idle, MB", how="<=")]),
+    "latency": Scenario(
+        "latency of an ordinary client at %d/s, beside others" % RATE, "ms", latency, plain(OURS, "nginx"),
+        [Target(20, "%s: %s, p99" % (OURS, who), how="<=") for who in ("300 pipelining", "5,000 hang up")])}
 
 
 @contextlib.contextmanager
@@ -743,7 +767,8 @@ def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
             server.stop()
 
 
-def take(scenario: Scenario, work: Path, rounds: int, seconds: float, left_out: dict[str, str]) -> dict[str, dict]:
+def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
+         left_out: dict[str, str]) -> dict[str, dict]:
     """Rows by their labels. The servers take turns; the first round warms up."""
     rows: dict[str, dict] = {}
     if scenario.once:
@@ -795,8 +820,10 @@ def show(name: str, result: dict) -> None:
         goal = "%s %s %g %s" % (target["row"], target["how"], target["limit"], target["beside"])
         if target["figure"] is None:
             verdict = "not measured"
+        elif target["figure"] <= target["limit"]:
+            verdict = "%.2f reached" % target["figure"]
         else:
-            verdict = "%.2f %s" % (target["figure"], "reached" if target["figure"] <= target["limit"] else "MISSED")
+            verdict = "%.2f MISSED" % target["figure"]
         print("    target %-60s %s" % (goal, verdict))
     sys.stdout.flush()
 
@@ -806,7 +833,8 @@ def show(name: str, result: dict) -> None:
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .title { font-weight: 600; font-size: 15px }
 .bar { fill: #8c959f } .ours { fill: #1a7f64 }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #6e7681 } .ours { fill: #3fb68f } }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 } .bar { fill: #6e7681 } .ours { fill: #3fb68f } }
 </style>"""
 
 
@@ -814,7 +842,8 @@ def bars(scenario: dict, top: int) -> list[str]:
     """A horizontal bar for each server, the shortest first."""
     rows = [(row["median"], label) for label, row in scenario["rows"].items() if "median" in row]
     rows.sort()
-    drawn = ['<text class="title" x="10" y="%d">CPU per request, microseconds: %s</text>' % (top, scenario["title"])]
+    title = "CPU per request, microseconds: " + scenario["title"]
+    drawn = ['<text class="title" x="10" y="%d">%s</text>' % (top, title)]
     for number, (value, label) in enumerate(rows):
         y = top + 12 + 24 * number
         width = 500 * value / rows[-1][0]
@@ -852,7 +881,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def by_server(scenarios: dict[str, dict]) -> str:
-    columns = [name for name in ("get", "new-url", "never-seen", "new-connection", "idle") if name in scenarios]
+    wanted = ["get", "new-url", "never-seen", "new-connection", "idle"]
+    columns = [name for name in wanted if name in scenarios]
     head = ["server"] + ["%s, %s" % (scenarios[name]["title"], scenarios[name]["unit"]) for name in columns]
     rows = []
     for label in EVERY:
@@ -863,7 +893,7 @@ def by_server(scenarios: dict[str, dict]) -> str:
 
 
 def by_task(scenarios: dict[str, dict]) -> str:
-    """What is compared with one other row, as the targets have it."""
+    """Each task beside one other row, as the targets have it."""
     rows = []
     for name, scenario in scenarios.items():
         for target in scenario["targets"]:
@@ -876,22 +906,28 @@ def by_task(scenarios: dict[str, dict]) -> str:
 
 
 def by_latency(rows: dict[str, dict]) -> str:
-    names = ["p50", "p99", "p99.9"]
-    lines = []
-    for start in dict.fromkeys(label.rsplit(", ", 1)[0] for label in rows):
-        lines.append([start] + [number(rows.get("%s, %s" % (start, name), {}).get("median")) for name in names])
-    return table(["server: beside", *names], lines)
+    lines: dict[str, list[str]] = {}
+    for label, row in rows.items():
+        start, _, name = label.rpartition(", ")
+        if name in PERCENTILES:
+            lines.setdefault(start, [start]).append(number(row.get("median")))
+    return table(["server: beside", *PERCENTILES], list(lines.values()))
+
+
+def described(result: dict) -> str:
+    versions = ", ".join("%s %s" % pair for pair in result["versions"].items())
+    return "%s, Linux %s, %s" % (result["machine"], result["kernel"], versions)
 
 
 def write_readme(result: dict) -> None:
     scenarios = result["scenarios"]
-    versions = ", ".join("%s %s" % pair for pair in result["versions"].items())
-    parts = ["Measured on %s with Linux %s: medians of %d rounds of %g seconds. %s." % (
-        result["machine"], result["kernel"], result["rounds"], result["seconds"], versions), by_server(scenarios)]
+    parts = ["Measured on %s: medians of %d rounds of %g seconds." % (
+        described(result), result["rounds"], result["seconds"])]
+    parts.append(by_server(scenarios))
     parts.append("![CPU time for each request, of all servers](.ci/bench.svg)")
     parts.append(by_task(scenarios))
     if "latency" in scenarios:
-        parts.append("Milliseconds of an ordinary client that sends %d requests a second, beside others:" % RATE)
+        parts.append("Milliseconds of an ordinary client, which sends %d requests a second:" % RATE)
         parts.append(by_latency(scenarios["latency"]["rows"]))
     readme = HERE.parent / "README.md"
     before, begin, rest = readme.read_text().partition("<!-- measured -->\n")
@@ -925,13 +961,14 @@ def output(*command: Any, **options: Any) -> str:
     return done.stdout.strip()
 
 
-def install() -> dict[str, str]:
-    """The peers, and why some of them are left out."""
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    missing = [package for package, sign in DEBIAN.items() if not shutil.which(sign) and not os.path.exists(sign)]
+def install_debian() -> dict[str, str]:
+    """What is left out, and why."""
+    missing = [package for package, sign in DEBIAN.items()
+               if not shutil.which(sign) and not os.path.exists(sign)]
     left_out = {}
     if missing:
-        options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}    # starts no service
+        # With this runlevel no service is started.
+        options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
         with contextlib.suppress(Failed):
             output("apt-get", "update", **options)
         for package in missing:
@@ -939,15 +976,22 @@ def install() -> dict[str, str]:
                 output("apt-get", "install", "-y", "--no-install-recommends", package, **options)
             except Failed as error:
                 left_out[DEBIAN[package]] = str(error)
+    return left_out
+
+
+def install() -> dict[str, str]:
+    """The peers, and why some of them are left out."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    left_out = install_debian()
     CACHE.mkdir(parents=True, exist_ok=True)
     if not VENV.exists():
         output(sys.executable, "-m", "venv", VENV)
     there = packages()
+    pip = [VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     for name, wanted in PACKAGES.items():
         try:
-            for package in wanted:
-                if package not in there:
-                    output(VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", package)
+            for package in set(wanted) - set(there):
+                output(*pip, package)
         except Failed as error:
             left_out[name] = str(error)
     for name, (source, options) in C_PROGRAMS.items():
@@ -981,8 +1025,8 @@ def measure(names: list[str], rounds: int, seconds: float, path: Path) -> None:
     """One scenario after the other; the file is written after each."""
     left_out = install()
     result = {**machine(), "rounds": rounds, "seconds": seconds, "left_out": left_out, "scenarios": {}}
-    print("%(machine)s, Linux %(kernel)s, %(versions)s" % result)
-    with tempfile.TemporaryDirectory(prefix="httpd-bench-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+    print(described(result))
+    with tempfile.TemporaryDirectory(prefix="httpd-bench-", dir="/dev/shm") as folder:
         work = Path(folder)
         shutil.copy(HERE.parent / "httpd.py", work)             # it may be edited meanwhile
         output(VENV / "bin/python", "-m", "compileall", "-q", work)
@@ -991,8 +1035,9 @@ def measure(names: list[str], rounds: int, seconds: float, path: Path) -> None:
         for name in names:
             scenario = SCENARIOS[name]
             rows = take(scenario, work, rounds, seconds, left_out)
-            result["scenarios"][name] = {"title": scenario.title, "unit": scenario.unit, "rows": rows, "targets": [
-                reached(target, rows) for target in scenario.targets]}
+            targets = [reached(target, rows) for target in scenario.targets]
+            result["scenarios"][name] = {
+                "title": scenario.title, "unit": scenario.unit, "rows": rows, "targets": targets}
             show(name, result["scenarios"][name])
             if path:
                 path.write_text(json.dumps(result, indent=1) + "\n")
@@ -1002,7 +1047,8 @@ def measure(names: list[str], rounds: int, seconds: float, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="scenario", help="readme, or some of: " + " ".join(SCENARIOS))
+    parser.add_argument("names", nargs="*", metavar="scenario",
+                        help="readme, or some of: " + " ".join(SCENARIOS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5, help="of a load in a round")
     parser.add_argument("--json", type=Path, help="write there; bench.json if all are measured")

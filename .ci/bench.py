@@ -1,30 +1,29 @@
 """What a request costs: httpd.py beside other servers, on this machine.
 
-    python .ci/bench.py --quick                 two minutes: the main scenarios, four other servers
-    python .ci/bench.py --json result.json      all of it: 35 minutes
+    python .ci/bench.py                  all scenarios: 20 minutes; writes bench.json and bench.svg
+    python .ci/bench.py get mi           these only, which writes nothing
+    python .ci/bench.py readme           write the tables of README.md from bench.json
 
-Measured is the CPU time of a server per request, user and system, of its process and its children, in microseconds, from the kernel's accounting.
-It follows the load of the machine far less than requests per second do. A server runs on the first core, its load on the last one. Servers take
-turns within a round, so what disturbs the machine disturbs all of them; the first round warms up and is dropped. A row gives the median of the
-rounds, the least and the greatest, and the ratio of the first row to it. A row with errors (a status that is not 2xx, a socket error, too few
-requests, a TLS session resumed) is marked as failed and has no ratio.
+Measured is the CPU time of a server per request, user and system, of all its processes and threads, in
+microseconds. It follows the load of the machine far less than requests per second do. A server runs on the
+first core, its load on the last. The servers of a scenario take turns within a round; the first round warms
+up and is dropped. A row has the median of the rounds and the least. A row with errors (a status that is not
+2xx, a socket error, no request at all, a TLS session resumed) has failed, and no ratio is made of it.
 
-Every server sends the same status, content, Content-Type and Date, keeps connections alive, and logs nothing. The bytes of a response are printed;
-some have fields that cannot be turned off: nginx Server and Connection, bjoern Connection, granian server. "bare" is no HTTP server: epoll, recv,
-and a constant sent, in Python, the limit of what is possible. Needed is Linux and Python 3.11. The other servers go into a virtual environment in
-the user's cache directory, those that Debian has come from apt-get if this is root. What cannot be had is named and left out.
+Every server sends the same status, content and Content-Type, and all but bjoern with a framework a Date;
+nothing is logged. It needs Linux. The peers go into a virtual environment in the user's cache directory,
+and what Debian has comes from apt-get if this is root. What cannot be had is named and left out.
 """
 import argparse
 import contextlib
-import ctypes
 import functools
 import gc
 import http.client
-import itertools
 import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -33,186 +32,214 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter, namedtuple
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from typing import Callable
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve()
+HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "httpd-bench"
+VENV = CACHE / ("python%d.%d" % sys.version_info[:2])
 CORES = sorted(os.sched_getaffinity(0))
 MIB = 2**20
-HELLO, TYPE, JSON = b"Hello, world!\n", "text/html; charset=utf-8", "application/json"
-CONNECTIONS = 64                            # 8 for 1 MiB and more: what is on its way should stay in the processor's cache
-IDLE, RATE = 5000, 5000                     # idle connections, and requests a second when latency is measured
 CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
-ANSWER = b'{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},{"http_root":"hello","module":"bench"}],"id":1}'
-FIELDS = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0", "Accept-Language": "en-US,en;q=0.5",
-          "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "Accept-Encoding": "gzip, deflate, br, zstd", "DNT": "1",
-          "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none", "Priority": "u=0, i"}     # Host makes ten
+ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
+          '{"http_root":"hello","module":"bench"}],"id":1}')
+BROWSER = {
+    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+    "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    "Accept-Language": "en-US,en;q=0.5", "Accept-Encoding": "gzip, deflate, br, zstd", "DNT": "1",
+    "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none",
+    "Priority": "u=0, i"}                                               # Host makes ten
+RATE = 1000                 # requests a second when latency is measured
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+PAUSE = 300_000             # nanoseconds: later than that, the load generator itself has paused
 
-OURS, STAND_IN = "httpd.py", "mi stand-in in C"
-PEERS = {                           # what each needs: packages from PyPI; and programs and C headers, which Debian has
-    "bare": [], "libmicrohttpd": ["cc", "microhttpd.h"], "nginx": ["nginx"], "bjoern": ["bjoern", "cc", "ev.h"], "granian-wsgi": ["granian"],
-    "granian-asgi": ["granian", "uvloop"], "node": ["node"], "uvicorn": ["uvicorn", "httptools", "uvloop"], "aiohttp": ["aiohttp", "uvloop"],
-    "http.server": [], STAND_IN: ["cc", "microhttpd.h", "cjson/cJSON.h"]}
-TOOLS = {"wrk": ["wrk"], "load": ["cc"], "handshakes": ["cc", "openssl"]}
-DEBIAN = {"wrk": "wrk", "nginx": "nginx-light", "node": "nodejs", "cc": "gcc", "ev.h": "libev-dev", "microhttpd.h": "libmicrohttpd-dev",
-          "cjson/cJSON.h": "libcjson-dev", "openssl": "openssl"}
-QUICK_PEERS = ["libmicrohttpd", "nginx", "uvicorn", "http.server"]
-CERTIFICATES = {"RSA-2048": ["rsa:2048"], "P-256": ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"]}
-left_out: dict[str, str] = {}       # what -> why
+# ------------------------------------------------------------------------------------------ The servers
+# Each is a program that finds its settings in the environment, as granian's worker does.
 
-
-# ------------------------------------------------------------------------------------------------------- The servers
-# Programs that are given a name and a port. The rest they find in the environment, as granian's worker does.
-
+OURS = "httpd.py"
 COMMON = """
-import os, sys, time
+import json, os, time
 from email.utils import formatdate
-port, TYPE, BODY = int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0, os.environ["BENCH_TYPE"], open(os.environ["BENCH_CONTENT"], "rb").read()
-fields, second = [("Content-Type", TYPE), ("Content-Length", str(len(BODY)))], 0
-binary = [(name.lower().encode(), value.encode()) for name, value in fields]
-def wsgi(environ, start_response):
-    start_response("200 OK", fields)
+S = json.loads(os.environ["BENCH"])
+PORT, APP, THREADS = S["port"], S["app"], S["threads"]
+BODY = open(S["content"], "rb").read()
+FIELDS = [("Content-Type", S["type"]), ("Content-Length", str(len(BODY)))]
+def fields():
+    return FIELDS
+def listed(environ, start_response):
+    start_response("200 OK", fields())
     return [BODY]
+def generated(environ, start_response):
+    start_response("200 OK", fields())
+    yield BODY[:7]
+    yield BODY[7:]
+def uploaded(environ, start_response):
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    return listed(environ, start_response)
+def flask():
+    import flask
+    app = flask.Flask("bench")
+    app.add_url_rule("/hello", view_func=lambda: BODY.decode())
+    return app
+def bottle():
+    import bottle
+    app = bottle.Bottle()
+    app.route("/hello", callback=lambda: BODY)
+    return app
+def django():
+    from types import ModuleType
+    from django.conf import settings
+    from django.core.wsgi import get_wsgi_application
+    from django.http import HttpResponse
+    from django.urls import path
+    urls = ModuleType("urls")
+    urls.urlpatterns = [path("hello", lambda request: HttpResponse(BODY))]
+    if not settings.configured:                                 # granian's worker loads this twice
+        settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
+    return get_wsgi_application()
+wsgi = globals().get(APP, listed)
+if APP in ("flask", "bottle", "django"):
+    wsgi = wsgi()
+BINARY = [(name.lower().encode(), value.encode()) for name, value in FIELDS]
 async def asgi(scope, receive, send):
-    await send({"type": "http.response.start", "status": 200, "headers": binary})
+    await send({"type": "http.response.start", "status": 200, "headers": BINARY})
     await send({"type": "http.response.body", "body": BODY})
 """
-PROGRAMS = {OURS: """
-import httpd, json, queue, threading
-kind, content, waiting = os.environ["BENCH_KIND"], memoryview(BODY), queue.SimpleQueue()
-def hello(request, page):
-    page.write(BODY)
-    return 200
-def stream(request, page):
-    kind == "chunked" or page.set_header("Content-Length", str(len(BODY)))
-    return 200
-def flush(request, pos, buf):
-    size = min(len(buf), len(BODY) - pos)
-    buf[:size] = content[pos:pos + size]
-    return size or httpd.END
-def suspend(request, page):
-    if request.state:
-        return hello(request, page)
-    request.state = True
-    resume(request)
-    return httpd.SUSPEND
-def resume_those_waiting():
-    while True: waiting.get().resume()
-callbacks = (stream, flush) if kind in ("chunked", "Content-Length") else (suspend,) if kind else (hello,)
-resume = httpd.Request.resume if kind == "resumed by itself" else waiting.put
-kind == "resumed by a thread" and threading.Thread(target=resume_those_waiting, daemon=True).start()
-httpd.register_httpdcb("bench", "hello", *callbacks)
-for number in range(1, int(os.environ["BENCH_ROOTS"])):
-    httpd.register_httpdcb("bench", "root%d" % number, hello)
-httpd.loadmodule("mi_http")
-httpd.run(ip="127.0.0.1", port=port, **json.loads(os.environ["BENCH_PARAMETERS"]))
-""", "bare": """
-import select, socket
-head = f"HTTP/1.1 200 OK\\r\\nDate: {formatdate(usegmt=True)}\\r\\nContent-Type: {TYPE}\\r\\nContent-Length: {len(BODY)}\\r\\n"
-response, last = (head + "\\r\\n").encode() + BODY, (head + "Connection: close\\r\\n\\r\\n").encode() + BODY
-listener = socket.create_server(("127.0.0.1", port), backlog=1024)
-listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-poll, connections = select.epoll(), {}
-poll.register(listener, select.EPOLLIN)
-def loop():
-    while True:
-        for number, _ in poll.poll():
-            sock = connections.get(number)
-            if sock is None:
-                sock, _ = listener.accept()
-                connections[sock.fileno()] = sock
-                poll.register(sock, select.EPOLLIN)
-                continue
-            try:
-                data = sock.recv(16384)
-                closing = not data or b"\\r\\nConnection: close" in data
-                data and sock.sendall(last if closing else response)    # one, whatever came: pipelined requests fail
-            except OSError:
-                closing = True
-            if closing:
-                connections.pop(number).close()
-loop()
-""", "http.server": """
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1                                               # as shipped it sends twice, and waits 40 ms in between
-    def do_GET(self):
-        self.send_response_only(200)
-        self.send_header("Date", self.date_time_string())
-        for field in fields + [("Connection", "close")] * self.close_connection: self.send_header(*field)
-        self.end_headers()
-        self.wfile.write(BODY)
-ThreadingHTTPServer.request_queue_size = 1024
-ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-""", "uvicorn": """
-import uvicorn
-uvicorn.run(asgi, host="127.0.0.1", port=port, http="httptools", loop="uvloop", lifespan="off", log_level="critical", access_log=False,
-            server_header=False, timeout_keep_alive=60)
-""", **{f"granian-{kind}": f"""
+GRANIAN = """
 import granian
 if __name__ == "__main__":                                      # its worker imports this, too
-    granian.Granian(__file__ + ":{kind}", address="127.0.0.1", port=port, interface="{kind}", loop="{loop}", log_enabled=False,
-                    websockets=False, backpressure=20000).serve()
-""" for kind, loop in (("wsgi", "asyncio"), ("asgi", "uvloop"))}, "aiohttp": """
+    granian.Granian(__file__ + ":KIND", address="127.0.0.1", port=PORT, interface="KIND", loop="LOOP",
+                    log_enabled=False, websockets=False, backpressure=20000).serve()
+"""
+GUNICORN = """
+from gunicorn.app.base import BaseApplication
+class Application(BaseApplication):
+    def load_config(self):
+        for name, value in dict(bind="127.0.0.1:%d" % PORT, worker_class="KIND", THREADS).items():
+            self.cfg.set(name, value)
+    def load(self):
+        return wsgi
+Application().run()
+"""
+PROGRAMS = {
+    OURS: """
+import httpd
+def page(request, page):
+    page.write(BODY)
+def posted(request, page):
+    len(request.body)
+    page.write(BODY)
+def stream(request, page):
+    page.set_header("Content-Length", str(len(BODY)))
+def flush(request, pos, buf):
+    size = min(len(buf), len(BODY) - pos)
+    buf[:size] = memoryview(BODY)[pos:pos + size]
+    return size or httpd.END
+handlers = {"page": [page], "posted": [posted], "stream": [stream, flush]}
+if APP in handlers:
+    httpd.register_httpdcb("bench", "hello", *handlers[APP])
+else:
+    httpd.register_wsgi("bench", "", wsgi, threads=THREADS)
+for number in range(1, S["roots"]):
+    httpd.register_httpdcb("bench", "root%d" % number, page)
+for module in S["modules"]:
+    httpd.loadmodule(module)
+httpd.run(ip="127.0.0.1", port=PORT, **S["parameters"])
+""",
+    "bjoern": """
+import bjoern
+second = 0
+def fields():                                                   # it has no Date of its own
+    global second, dated
+    if int(time.time()) != second:
+        second = int(time.time())
+        dated = [("Date", formatdate(usegmt=True)), *FIELDS]
+    return dated
+bjoern.run(wsgi, "127.0.0.1", PORT)
+""",
+    "granian-wsgi": GRANIAN.replace("KIND", "wsgi").replace("LOOP", "asyncio"),
+    "granian-asgi": GRANIAN.replace("KIND", "asgi").replace("LOOP", "uvloop"),
+    "uvicorn": """
+import uvicorn
+uvicorn.run(asgi, host="127.0.0.1", port=PORT, http="httptools", loop="uvloop", lifespan="off",
+            log_level="critical", access_log=False, server_header=False, timeout_keep_alive=60)
+""",
+    "aiohttp": """
 import uvloop
-from aiohttp import web, web_response
-web_response.SERVER_SOFTWARE = ""                               # the field stays, empty
+from aiohttp import web
 async def hello(request):
-    return web.Response(body=BODY, headers=dict(fields[:1]))
+    return web.Response(body=BODY, headers=dict(FIELDS[:1]))
 uvloop.install()
 application = web.Application()
 application.router.add_get("/hello", hello)
-web.run_app(application, host="127.0.0.1", port=port, access_log=None, print=None)
-""", "bjoern": """
-import bjoern
-def dated(environ, start_response):                             # it has no Date of its own
-    global second, with_date
-    if int(time.time()) != second:
-        second, with_date = int(time.time()), [("Date", formatdate(usegmt=True)), *fields]
-    start_response("200 OK", with_date)
-    return [BODY]
-bjoern.run(dated, "127.0.0.1", port)
+web.run_app(application, host="127.0.0.1", port=PORT, access_log=None, print=None)
+""",
+    "waitress": """
+import waitress
+waitress.serve(wsgi, host="127.0.0.1", port=PORT, threads=THREADS)
+""",
+    "cheroot": """
+from cheroot.wsgi import Server
+Server(("127.0.0.1", PORT), wsgi, numthreads=THREADS, request_queue_size=1024).start()
+""",
+    "gunicorn-sync": GUNICORN.replace("KIND", "sync").replace("THREADS", "workers=1"),
+    "gunicorn-gthread": GUNICORN.replace("KIND", "gthread").replace("THREADS", "threads=THREADS"),
+    "http.server": """
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1                                               # as shipped, it sends twice
+    def do_GET(self):
+        self.send_response_only(200)
+        self.send_header("Date", self.date_time_string())
+        for field in FIELDS + [("Connection", "close")] * self.close_connection:
+            self.send_header(*field)
+        self.end_headers()
+        self.wfile.write(BODY)
+ThreadingHTTPServer.request_queue_size = 1024
+ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 """}
 NODE = """
-const content = require("fs").readFileSync(process.env.BENCH_CONTENT);
+const settings = JSON.parse(process.env.BENCH);
+const content = require("fs").readFileSync(settings.content);
 const server = require("http").createServer((request, response) => {
     if (response.shouldKeepAlive) response.removeHeader("Connection");
-    response.writeHead(200, {"Content-Type": "text/html; charset=utf-8", "Content-Length": content.length});
+    response.writeHead(200, {"Content-Type": settings.type, "Content-Length": content.length});
     response.end(content);
 });
 server.keepAliveTimeout = 60000;
-server.listen(+process.argv[2], "127.0.0.1", 1024);
+server.listen(settings.port, "127.0.0.1", 1024);
 """
-
-# 1 MiB is put together in memory for each request, as in the page of httpd.py: one copy by the server, one by send(). For 64 MiB that
-# would be 16,000 new pages for each request. The like of flush_data_cb, which copies a piece into a buffer that is there already, is a
-# file in memory without sendfile: read() copies. With sendfile neither copies: for information.
+# A large response is a file in memory, without sendfile: read() copies it as flush_data_cb does.
 NGINX = """
 worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; USER
 events { worker_connections 20000; }
 http {
-    access_log off; server_tokens off; keepalive_requests 1000000000; default_type "text/html; charset=utf-8";
-    client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
-    server {
-        listen 127.0.0.1:PORT backlog=1024 TLS
-        location /hello { CONTENT }
-    }
+    access_log off; server_tokens off; keepalive_requests 1000000000; sendfile off;
+    default_type "TYPE";
+    client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
+    scgi_temp_path t5;
+    ssl_certificate FOLDER/../tls.crt; ssl_certificate_key FOLDER/../tls.key;
+    ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;
+    server { listen 127.0.0.1:PORT backlog=1024 TLS; location /hello { CONTENT; } }
 }
 """
-
-HEADERS = "#define _GNU_SOURCE\n" + "".join(f"#include <{name}.h>\n" for name in (
-    "arpa/inet", "dlfcn", "stdio", "stdlib", "string", "strings", "sys/epoll", "time", "unistd"))
-# With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for the type, gathers the
-# content, parses it with cJSON, looks the command up, builds the answer as a cJSON tree, has it printed into the one page, and
-# has that copied into a response. Its allocator, logs and select() are not here. Measured once, the real one took 1.6-1.9 x a GET of the library.
+# With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for
+# the type, gathers the content, parses it with cJSON, looks the command up, builds the answer as a tree,
+# has it printed into the one page, and that copied into a response. Allocator, logs, select() are missing.
 MICROHTTPD = r"""
+#define _GNU_SOURCE
 #include <microhttpd.h>
-static char content[1 << 21], *type;
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+static char content[1 << 16], *type;
 static size_t size;
 #ifndef MI
 #define MODE MHD_RESPMEM_PERSISTENT
@@ -234,27 +261,32 @@ static cJSON *list_root_path(void) {
     return list;
 }
 static struct { const char *name; cJSON *(*run)(void); } commands[] = {
-    {"uptime"}, {"version"}, {"pwd"}, {"arg"}, {"which"}, {"ps"}, {"kill"}, {"httpd_list_root_path", list_root_path}, {0}};
+    {"uptime"}, {"version"}, {"pwd"}, {"arg"}, {"which"}, {"ps"}, {"kill"},
+    {"httpd_list_root_path", list_root_path}, {0}};
 static void *begin(void) { return calloc(1, sizeof(struct call)); }
 static void gather(struct call *call, const char *data, size_t more) {
-    if (call->size + more < sizeof call->text) memcpy(call->text + call->size, data, more), call->size += more;
+    if (call->size + more >= sizeof call->text) return;
+    memcpy(call->text + call->size, data, more), call->size += more;
 }
 static void finish(struct call *call, struct MHD_Connection *connection) {
     const char *kind = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Content-Type");
-    cJSON *request = kind && !strncasecmp(kind, "application/json", 16) ? cJSON_Parse(call->text) : 0, *answer = cJSON_CreateObject();
+    cJSON *request = kind && !strncasecmp(kind, "application/json", 16) ? cJSON_Parse(call->text) : 0;
     const char *version = cJSON_GetStringValue(cJSON_GetObjectItem(request, "jsonrpc"));
     const char *method = cJSON_GetStringValue(cJSON_GetObjectItem(request, "method"));
+    cJSON *answer = cJSON_CreateObject();
     int i = 0;
     while (commands[i].name && (!method || strcmp(commands[i].name, method))) i++;
     cJSON_AddStringToObject(answer, "jsonrpc", "2.0");
-    if (commands[i].run && version && !strcmp(version, "2.0")) cJSON_AddItemToObject(answer, "result", commands[i].run());
+    if (commands[i].run && version && !strcmp(version, "2.0"))
+        cJSON_AddItemToObject(answer, "result", commands[i].run());
     cJSON_AddItemToObject(answer, "id", cJSON_Duplicate(cJSON_GetObjectItem(request, "id"), 1));
     cJSON_PrintPreallocated(answer, content, sizeof content, 0);
     size = strlen(content), cJSON_Delete(answer), cJSON_Delete(request), free(call);
 }
 #endif
-static enum MHD_Result answer(void *c, struct MHD_Connection *connection, const char *url, const char *method,
-                              const char *version, const char *data, size_t *data_size, void **call) {
+static enum MHD_Result answer(
+        void *c, struct MHD_Connection *connection, const char *url, const char *method,
+        const char *version, const char *data, size_t *data_size, void **call) {
     if (!*call) { *call = begin(); return MHD_YES; }
     if (*data_size) { gather(*call, data, *data_size); *data_size = 0; return MHD_YES; }
     finish(*call, connection);
@@ -264,164 +296,162 @@ static enum MHD_Result answer(void *c, struct MHD_Connection *connection, const 
     MHD_destroy_response(response);
     return result;
 }
-int main(int count, char **arguments) {
-    if (count < 2) return puts(MHD_get_version()) < 0;
-    type = getenv("BENCH_TYPE");
-    size = fread(content, 1, sizeof content, fopen(getenv("BENCH_CONTENT"), "rb"));
-    struct MHD_Daemon *daemon = MHD_start_daemon(MHD_USE_EPOLL | MHD_USE_INTERNAL_POLLING_THREAD, atoi(arguments[1]), 0, 0, answer, 0,
-                                                 MHD_OPTION_CONNECTION_LIMIT, 20000u, MHD_OPTION_END);
+int main(int count, char **arguments) {         /* port, type, file with the content */
+    type = arguments[2];
+    size = fread(content, 1, sizeof content, fopen(arguments[3], "rb"));
+    struct MHD_Daemon *daemon = MHD_start_daemon(
+        MHD_USE_EPOLL | MHD_USE_INTERNAL_POLLING_THREAD, atoi(arguments[1]), 0, 0, answer, 0,
+        MHD_OPTION_CONNECTION_LIMIT, 20000u, MHD_OPTION_END);
     while (daemon) pause();
 }
 """
-
-
-def command(name: str, python: str, port: int, folder: Path, body: bytes, kind: str, tls: str) -> list:
-    """What starts a server; the files that it needs are written."""
-    if name in C_PROGRAMS:
-        return [CACHE / name, str(port)]
-    if name == "node":
-        (folder / "node.js").write_text(NODE)
-        return ["node", folder / "node.js", str(port)]
-    if name == "nginx":
-        block, text = "x" * 2048, "$k" * (len(body) // 2048) or body.decode().replace("\n", "\\n")     # a word has at most 4 kB
-        content = f"alias {folder}/content; {kind};" if kind else f'set $k "{block}"; return 200 "{text}";'
-        secure = f"ssl; ssl_certificate {tls}.crt; ssl_certificate_key {tls}.key; ssl_protocols TLSv1.2 TLSv1.3;" if tls else ";"
-        values = {"USER": "" if os.geteuid() else "user root;", "PORT": str(port), "TLS": secure, "CONTENT": content}
-        (folder / "nginx.conf").write_text(re.sub("USER|PORT|TLS|CONTENT", lambda word: values[word[0]], NGINX))
-        return ["nginx", "-p", folder, "-c", "nginx.conf", "-e", "/dev/null"]
-    (folder / "serve.py").write_text(COMMON + PROGRAMS[name])
-    return [python, folder / "serve.py", str(port)]
-
-
+# wrk does not mean to, but by SSL_clear() it resumes its sessions. Put before OpenSSL, this forgets them.
+HANDSHAKES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+int SSL_in_before(void *), SSL_set_session(void *, void *), SSL_session_reused(void *);
+static int resumed;
+int SSL_connect(void *ssl) {
+    if (SSL_in_before(ssl)) SSL_set_session(ssl, (void *)0);
+    int result = ((int (*)(void *))dlsym(RTLD_NEXT, "SSL_connect"))(ssl);
+    resumed += result == 1 && SSL_session_reused(ssl);
+    return result;
+}
+__attribute__((destructor)) static void tell(void) { printf("RESUMED %d\n", resumed); }
+"""
+C_PROGRAMS = {
+    "libmicrohttpd": (MICROHTTPD, "-lmicrohttpd"),
+    "mi-in-C": (MICROHTTPD, "-DMI -lmicrohttpd -lcjson"),
+    "handshakes": (HANDSHAKES, "-shared -fPIC")}
 PORTS = iter(range(20000 + os.getpid() % 5000, 32000))         # below those that the kernel gives to clients
+
+
+class Failed(Exception):
+    """A server, a load or an installation that did not work; its text says why."""
 
 
 class Server:
     """A running server. All that it starts is in its process group, by which it is measured and ended."""
 
-    def __init__(self, work: Path, name: str, python: str, body: bytes = HELLO, type: str = TYPE, roots: int = 1, kind: str = "", tls: str = "",
-                 **parameters):
-        self.body, self.type, self.tls, folder = body, type, tls and str(work / tls), Path(tempfile.mkdtemp(dir=work))
+    def __init__(self, work: Path, name: str, app: str = "page", body: str = "Hello, world!\n",
+                 tls: bool = False, threads: int = 4, roots: int = 1, modules: tuple[str, ...] = (),
+                 **parameters: Any) -> None:
+        self.name = name
+        self.body = body.encode()
+        self.tls = tls
+        self.mi = "mi_http" in modules
+        self.folder = Path(tempfile.mkdtemp(dir=work))
         self.port = next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port)))
-        (folder / "content").write_bytes(body)
-        self.log = folder / "log"
+        self.type = "application/json" if self.mi else "text/html; charset=utf-8"
+        content = self.folder / "content"
+        content.write_bytes(self.body)
         if tls:
-            parameters |= {"tls_cert_file": f"{self.tls}.crt", "tls_key_file": f"{self.tls}.key",
-                           "tls_ciphers": "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"}
-        environment = {**os.environ, "BENCH_CONTENT": str(folder / "content"), "BENCH_TYPE": type, "BENCH_ROOTS": str(roots),
-                       "BENCH_KIND": kind, "BENCH_PARAMETERS": json.dumps(parameters), "PYTHONPATH": str(work)}
-        os.sched_setaffinity(0, CORES[:1])                      # is inherited
+            parameters.update(tls_cert_file=str(work / "tls.crt"), tls_key_file=str(work / "tls.key"),
+                              tls_ciphers="NORMAL:-VERS-ALL:+VERS-TLS1.3:-GROUP-ALL:+GROUP-X25519")
+        settings = {"port": self.port, "app": app, "threads": threads, "roots": roots, "modules": modules,
+                    "content": str(content), "type": self.type, "parameters": parameters}
+        environment = {**os.environ, "BENCH": json.dumps(settings), "PYTHONPATH": str(work)}
+        self.log = self.folder / "log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command(name, python, self.port, folder, body, kind, self.tls), stdin=subprocess.DEVNULL, cwd=folder,
-                                            stdout=subprocess.DEVNULL, stderr=log, env=environment, start_new_session=True)
-        os.sched_setaffinity(0, CORES[-1:])
+            self.process = subprocess.Popen(
+                ["taskset", "-c", str(CORES[0]), *self.command(content)], cwd=self.folder, env=environment,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+
+    def command(self, content: Path) -> list:
+        """What starts it; the files that it needs are written."""
+        if self.name in C_PROGRAMS:
+            return [CACHE / self.name, str(self.port), self.type, content]
+        if self.name == "node":
+            (self.folder / "node.js").write_text(NODE)
+            return ["node", "node.js"]
+        if self.name == "nginx":
+            (self.folder / "nginx.conf").write_text(self.nginx(content))
+            return ["nginx", "-p", self.folder, "-c", "nginx.conf", "-e", "/dev/null"]
+        (self.folder / "serve.py").write_text(COMMON + PROGRAMS[self.name])
+        return [VENV / "bin/python", self.folder / "serve.py"]
+
+    def nginx(self, content: Path) -> str:
+        values = {"FOLDER": str(self.folder), "PORT": str(self.port), "TYPE": self.type, "TLS": "",
+                  "USER": "", "CONTENT": "alias %s" % content}
+        if len(self.body) < 100:
+            values["CONTENT"] = "return 200 %s" % json.dumps(self.body.decode())
+        if self.tls:
+            values["TLS"] = "ssl"
+        if os.geteuid() == 0:
+            values["USER"] = "user root;"
+        return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word[0]], NGINX)
 
     def wait(self) -> None:
-        """Wait until it answers, as it should. The size of the response is kept."""
-        for _ in range(600):
-            with contextlib.suppress(ConnectionRefusedError), contextlib.closing(self.client()) as client:
-                response, answer = self.exchange(client)
-                break
-            if self.process.poll() is not None:
-                raise OSError((self.log.read_text(errors="replace").strip().splitlines() or ["it does not start"])[-1])
+        """Wait until it answers, as it should."""
+        for _ in range(400):
             time.sleep(0.05)
+            with contextlib.suppress(ConnectionRefusedError):
+                return self.check()
+            if self.process.poll() is not None:
+                break
+        lines = self.log.read_text(errors="replace").split("\n")
+        raise Failed("it does not start: %s" % " ".join(lines[-3:]).strip())
+
+    def check(self) -> None:
+        if self.tls:
+            context = ssl._create_unverified_context()          # its certificate is of today
+            client: http.client.HTTPConnection = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=10, context=context)
         else:
-            raise OSError("it does not answer")
-        fields = response.getheaders()
-        self.size = len(f"HTTP/1.1 200 {response.reason}\r\n\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields)) + len(answer)
-        if response.status != 200 or response.getheader("Content-Type") != self.type or not response.getheader("Date") or answer != self.body:
-            raise OSError(f"it answers something else: {response.status} {fields} {answer[:200]}")
+            client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(client):
+            if self.mi:
+                client.request("POST", "/mi", CALL, {"Content-Type": "application/json"})
+            else:
+                client.request("GET", "/hello")
+            response = client.getresponse()
+            content, kind = response.read(), response.getheader("Content-Type", "")
+        if response.status != 200 or kind.lower() != self.type or content != self.expected():
+            raise Failed("it answers something else: %d %s %r" % (response.status, kind, content[:100]))
 
-    def client(self) -> http.client.HTTPConnection:
-        secure = {"context": ssl._create_unverified_context()} if self.tls else {}
-        return (http.client.HTTPSConnection if self.tls else http.client.HTTPConnection)("127.0.0.1", self.port, timeout=10, **secure)
-
-    def exchange(self, client: http.client.HTTPConnection) -> tuple[http.client.HTTPResponse, bytes]:
-        client.request(*("POST", "/mi", CALL, {"Content-Type": JSON}) if self.type == JSON else ("GET", "/hello"))
-        response = client.getresponse()
-        return response, response.read()
+    def expected(self) -> bytes:
+        return ANSWER.encode() if self.mi else self.body
 
     def members(self) -> list[int]:
         """The processes of its group."""
         found = []
         for number in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(ProcessLookupError):
-                found += [int(number)] * (os.getpgid(int(number)) == self.process.pid)
+                if os.getpgid(int(number)) == self.process.pid:
+                    found.append(int(number))
         return found
 
     def cpu(self) -> float:
-        """Microseconds so far, also of threads that have ended: from the clock whose number clock_getcpuclockid(3) gives."""
+        """Microseconds so far, of ended threads too: the clock whose number clock_getcpuclockid(3) gives."""
         if self.process.poll() is not None:
-            raise ChildProcessError("it has died")
+            raise Failed("it has died")
         return sum(time.clock_gettime_ns(~pid << 3 | 2) for pid in self.members()) / 1000
 
     def memory(self) -> int:
-        """Resident bytes, soon; what processes have in common is shared out among them."""
+        """Resident bytes, soon."""
         time.sleep(0.3)
-        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.members()]
-        return sum(int(size) * 1024 for text in texts for size in re.findall("Pss: *([0-9]+) kB", text))
-
-    def kept_waiting(self) -> float:
-        """Microseconds so far in which it could have run, but others ran on its core."""
-        return sum(int(path.read_text().split()[1]) for pid in self.members() for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1000
+        texts = [Path("/proc/%d/smaps_rollup" % pid).read_text() for pid in self.members()]
+        return sum(int(size) * 1024 for text in texts for size in re.findall("Rss: *([0-9]+) kB", text))
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        with contextlib.suppress(ChildProcessError):            # its children are ours now
-            while True:
-                os.waitpid(-self.process.pid, 0)
+        """Ask, then insist."""
+        for number, seconds in [(signal.SIGTERM, 3), (signal.SIGKILL, 3)]:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, number)
+                self.process.wait(seconds)
 
 
-@contextlib.contextmanager
-def running(work: Path, wanted: dict[str, dict]):
-    """Servers by their labels, started at once. A peer that does not start is left out; without httpd.py there is nothing to compare."""
-    servers = {}
-    try:
-        for label, arguments in wanted.items():
-            servers[label] = Server(work, **arguments)
-        for label, server in list(servers.items()):
-            try:
-                server.wait()
-            except (OSError, http.client.HTTPException) as error:
-                if label.startswith(OURS):
-                    raise NotImplementedError(f"{label}: {error}") from error
-                left_out[label] = str(error)
-                servers.pop(label).stop()
-        yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
+# -------------------------------------------------------------------------------------------- The loads
+# A load takes a server and seconds. It returns the value that is measured, or a dict of several by name.
 
-
-class Bench(NamedTuple):
-    """What was asked for. Servers are labels and the arguments of Server."""
-    work: Path
-    rounds: int
-    seconds: int
-    available: dict[str, dict]
-
-    def servers(self, names: list[str], variants: dict[str, dict]) -> dict[str, dict]:
-        """Those of these names that can take part, in each variant: its name, and further arguments."""
-        return {", ".join(filter(None, (label, variant))): {**server, **arguments} for variant, arguments in variants.items()
-                for label, server in self.available.items() if server["name"] in names}
-
-    def take(self, loads: dict[str, Callable]) -> list[dict]:
-        """Rows of a table. The loads take turns, the first round is dropped."""
-        samples = {label: [] for label in loads}
-        for label, load in [*loads.items()] * (self.rounds + 1):
-            try:
-                samples[label].append(load())
-            except (OSError, http.client.HTTPException) as error:
-                samples[label].append({"value": 0.0, "errors": {str(error): 1}})
-        return rows_of({label: taken[1:] for label, taken in samples.items()})
-
-
-# ------------------------------------------------------------------------------------------------------------- Loads
-# A load returns a sample: the value that is measured, the number of requests, and errors by their kind.
-
-BROWSER = """
+DONE = """
+done = function(all)
+    local e = all.errors
+    print("RESULT", all.requests, all.bytes, e.connect + e.read + e.write + e.status + e.timeout)
+end
+"""
+NEW_URL = """
 local run, number, fields = "", 0, {LIST}
 init = function(arguments) run = arguments[1] end
 request = function()
@@ -429,371 +459,618 @@ request = function()
     NEVER_SEEN
     return wrk.format("GET", "/hello?n=" .. run .. number, fields)
 end
-""".replace("LIST", ", ".join(f'["{name}"] = "{value}"' for name, value in FIELDS.items()))
+""".replace("LIST", ", ".join('["%s"] = "%s"' % field for field in BROWSER.items()))
+POST = 'wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", %s, "%s"\n'
 SCRIPTS = {
     "get": "",
-    "new-url": BROWSER.replace("NEVER_SEEN", ""),
-    "never-seen": BROWSER.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
-    "pipelined": 'local all\ninit = function() all = string.rep(wrk.format("GET"), 16) end\nrequest = function() return all end',
+    "new-url": NEW_URL.replace("NEVER_SEEN", ""),
+    "never-seen": NEW_URL.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
+    "pipelined": "local all\ninit = function() all = string.rep(wrk.format('GET'), 16) end\n"
+                 "request = function() return all end",
     "new-connection": 'wrk.headers["Connection"] = "close"',
-    "mi": f'wrk.method, wrk.path, wrk.body, wrk.headers["Content-Type"] = "POST", "/mi", [[{CALL}]], "{JSON}"'}
-DONE = """
-done = function(all)
-    local e = all.errors
-    print("RESULT", all.requests, all.duration, all.bytes, e.connect, e.read, e.write, e.status, e.timeout)
-end"""
-
-# wrk does not mean to, but by SSL_clear() it resumes its sessions. This is put before OpenSSL: it forgets them, and tells what came out.
-HANDSHAKES = r"""
-static int all, resumed;
-static const char *version = "", *cipher = "", *group = "";
-void *SSL_get_current_cipher(void *);
-long SSL_ctrl(void *, int, long, void *);
-const char *SSL_get_version(void *), *SSL_CIPHER_get_name(void *), *OBJ_nid2sn(int);
-int SSL_connect(void *ssl) {
-    if (SSL_in_before(ssl)) SSL_set_session(ssl, (void *)0);
-    int result = ((int (*)(void *))dlsym(RTLD_NEXT, "SSL_connect"))(ssl);
-    if (result != 1) return result;
-    all++, resumed += SSL_session_reused(ssl), version = SSL_get_version(ssl), cipher = SSL_CIPHER_get_name(SSL_get_current_cipher(ssl));
-    group = OBJ_nid2sn(SSL_ctrl(ssl, 134, 0, 0) & 0xffff);                      /* SSL_get_negotiated_group() */
-    return result;
-}
-__attribute__((destructor)) static void tell(void) { printf("TLS %d %d %s %s %s\n", all, resumed, version, cipher, group); }
-"""
+    "post-400": POST % ("string.rep('x', 400)", "application/octet-stream"),
+    "post-64k": POST % ("string.rep('x', 65536)", "application/octet-stream"),
+    "mi": POST % ("[[%s]]" % CALL, "application/json") + "wrk.path = '/mi'"}
 
 
-def wrk(bench: Bench, script: str, connections: int, server: Server) -> dict:
+def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> subprocess.Popen:
+    """Its own timing knows whole seconds only; with SIGINT it ends at once and tells what there was."""
+    (server.folder / "wrk.lua").write_text(SCRIPTS[script] + DONE)
+    environment = dict(os.environ)
+    scheme = "http"
+    if server.tls:
+        environment["LD_PRELOAD"] = str(CACHE / "handshakes")
+        scheme = "https"
+    return subprocess.Popen(
+        ["nice", "-n", str(nice), "wrk", "-t1", "-c%d" % connections, "-d1h",
+         "-s", server.folder / "wrk.lua", "%s://127.0.0.1:%d/hello" % (scheme, server.port),
+         "--", "%x-" % time.time_ns()],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wrk(server: Server, seconds: float, script: str = "get", connections: int = 64) -> float:
     """CPU time per request, or per MiB of large content, under as much load as one thread gives."""
-    (bench.work / "wrk.lua").write_text(SCRIPTS["mi" if server.type == JSON else script] + DONE)
-    accepted = lambda: int(re.findall("Tcp: (.*)", Path("/proc/net/snmp").read_text())[1].split()[5])      # by this machine: PassiveOpens
-    opened, before = accepted(), server.cpu()
-    said = output("wrk", "-t1", f"-c{connections}", f"-d{bench.seconds}s", "-s", bench.work / "wrk.lua",
-                  f"http{'s' * bool(server.tls)}://127.0.0.1:{server.port}/hello", "--", f"{time.time_ns():x}-",
-                  env={**os.environ, "LD_PRELOAD": str(CACHE / "handshakes") if server.tls else ""})
-    spent, opened = server.cpu() - before, accepted() - opened
-    found = re.search("RESULT" + r"\s+([0-9]+)" * 8, said)
-    requests, duration, size, *errors = map(int, found.groups()) if found else [0] * 8
-    tls = re.search("TLS ([0-9]+) ([0-9]+) (.*)", said) or ("", requests, 0, "")
-    amount = size / MIB if len(server.body) >= MIB else requests                # half a response counts, too
-    errors = dict(zip(("connect", "read", "write", "status", "timeout"), errors, strict=True))
-    errors.update({"too few": max(0, 100 * bench.seconds - int(amount)), "sessions resumed": int(tls[2])})
-    errors["not opened"] = max(0, requests - min(opened, int(tls[1]))) if script == "new-connection" else 0
-    return {"value": spent / max(amount, 1), "requests": requests, "per_second": amount * 1e6 / max(duration, 1), "bytes": server.size,
-            "note": tls[3], "errors": {kind: number for kind, number in errors.items() if number}}
+    before = server.cpu()
+    with start_wrk(server, script, connections) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[0]
+    spent = server.cpu() - before
+    found = re.search(r"RESULT\s+(\d+)\s+(\d+)\s+(\d+)", said)
+    if not found:
+        raise Failed("wrk says: %s" % said[-100:])
+    requests, size, errors = map(int, found.groups())
+    resumed = re.search("RESUMED [1-9]", said)
+    if resumed:
+        raise Failed("TLS sessions were resumed")
+    if errors or not requests + size:
+        raise Failed("%d requests, %d errors" % (requests, errors))
+    if len(server.body) >= MIB:
+        return spent / (size / MIB)                             # half a response counts, too
+    return spent / requests
 
 
-def idle_memory(bench: Bench, wanted: dict[str, dict]) -> dict:
-    """Bytes for each connection that waits for its next request. What a server has freed it would use again: each time a new one."""
-    with running(bench.work, wanted) as servers, contextlib.ExitStack() as stack:
-        for server in servers.values():
-            clients = [stack.enter_context(contextlib.closing(server.client())) for _ in range(IDLE + 1)]
-            before = [server.exchange(client) for client in clients[:1] * 100] and server.memory()
-            for client in clients[1:]:
-                server.exchange(client)
-            return {"value": (server.memory() - before) / IDLE, "errors": {}}
-        raise OSError("it does not start")
+def open_connections(server: Server, number: int) -> list[socket.socket]:
+    """Connections that have been used once each."""
+    opened = []
+    for _ in range(number):
+        sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = b""
+        while not received.endswith(server.body):
+            received += sock.recv(4096) or b"\r\n".join([b"", server.body])
+        opened.append(sock)
+    return opened
 
 
-# It never sleeps: waking up would be counted. It tells when each request was due and answered, and its own gaps: whenever more than
-# 10 us have passed between two of its looks at the clock. At a rate it sends, by turns, the same head, a new URL, a never-seen field,
-# and that URL once more, so that what is remembered turns over.
-LOAD = r"""
-static double last, gaps[1 << 20][2], (*answers)[2]; static long gap_count; static char text[2048], data[65536];
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    double time = t.tv_sec * 1e6 + t.tv_nsec / 1e3;
-    if (time - last > 10 && gap_count < 1 << 20) gaps[gap_count][0] = last, gaps[gap_count++][1] = time;
-    return last = time;
-}
-static int request(long n, const char *run, const char *fields) {
-    if (!run || n % 4 == 0) return sprintf(text, "GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    int size = sprintf(text, "GET /hello?n=%s%ld HTTP/1.1\r\nHost: localhost\r\n%s", run, n % 4 == 3 ? n - 2 : n, fields);
-    return size + sprintf(text + size, n % 4 == 2 ? "X-Request-Id: id-%s%ld\r\n\r\n" : "\r\n", run, n);
-}
-int main(int count, char **argument) {      /* port, bytes of a response, seconds, busy, idle, requests per second or 0, run, fields */
-    int size = atoi(argument[2]), busy = atoi(argument[4]), idle = atoi(argument[5]), poll = epoll_create1(0), wrong = 0, ready, length;
-    long sent = 0, done = 0, rate = atol(argument[6]), total = rate ? rate * atol(argument[3]) : 1L << 60;
-    struct connection { int descriptor, received; double due; } *c = calloc(busy + idle, sizeof *c), **rested = calloc(busy, sizeof *rested);
-    struct sockaddr_in server = {AF_INET, htons(atoi(argument[1])), {htonl(INADDR_LOOPBACK)}}; struct epoll_event events[64];
-    for (int i = 0; i < busy + idle; i++, c++) {
-        c->descriptor = socket(AF_INET, SOCK_STREAM, 0);
-        if (connect(c->descriptor, (struct sockaddr *)&server, sizeof server)) return 1;
-        send(c->descriptor, text, request(0, 0, 0), 0);
-        if (recv(c->descriptor, data, size, MSG_WAITALL) != size) return 1;
-        events->events = EPOLLIN, events->data.ptr = c;
-        if (i < busy) rested[i] = c, epoll_ctl(poll, EPOLL_CTL_ADD, c->descriptor, events);
-    }
-    answers = calloc(rate ? total : 1, sizeof *answers);
-    printf("ready\n"), fflush(stdout), read(0, data, 1);
-    double begin = (now(), gap_count = 0, last), end = begin + atol(argument[3]) * 1e6, time;
-    while ((time = now()) < end + 1e7 && (time < end || done < (rate ? total : sent))) {
-        while (sent < done + busy && sent < total && (rate ? begin + sent * 1e6 / rate <= time : time < end)) {
-            c = rested[sent % busy], c->received = 0, c->due = begin + sent * 1e6 / rate;
-            length = request(sent++, argument[7], argument[8]);
-            wrong += send(c->descriptor, text, length, MSG_NOSIGNAL) != length, now();
-        }
-        for (ready = epoll_wait(poll, events, 64, 0); ready-- > 0;) {
-            c = events[ready].data.ptr;
-            if ((length = recv(c->descriptor, data, sizeof data, MSG_DONTWAIT)) <= 0) return 1;
-            wrong += !c->received && memcmp(data, "HTTP/1.1 200 ", 13) || (c->received += length) > size;
-            if (c->received < size) continue;
-            if (rate) answers[done][0] = c->due, answers[done][1] = now();
-            rested[done++ % busy] = c;
-        }
-    }
-    if (!rate) gap_count = 0;
-    printf("%ld %ld %f %ld %ld\n", done, wrong + (rate ? total : sent) - done, time - begin, rate ? done : 0, gap_count), fflush(stdout);
-    fwrite(answers, sizeof *answers, rate ? done : 0, stdout), fwrite(gaps, sizeof *gaps, gap_count, stdout), fflush(stdout);
-    while (read(0, data, 1) > 0);
-}
-"""
+@contextlib.contextmanager
+def crowd(server: Server, number: int):
+    """A process with idle connections; when it ends, all of them hang up at once."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError):
+            os.nice(19)
+            opened = open_connections(server, number)
+            os.write(writer, b"%d" % len(opened))
+            signal.pause()
+        os._exit(1)
+    os.close(writer)
+    try:
+        if not os.read(reader, 10):
+            raise Failed("%d connections cannot be opened" % number)
+        yield pid
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        time.sleep(0.5)             # what the server has to do then is not of the next load
 
 
-def generate(bench: Bench, busy: int, idle: int, rate: int, server: Server) -> dict:
-    """CPU time per request, without that of opening the connections, each of which has been used once.
+def idle_memory(server: Server, seconds: float) -> float:
+    """Bytes for each connection that waits for its next request."""
+    for _ in range(100):
+        server.check()
+    before = server.memory()
+    with crowd(server, 5000):
+        return (server.memory() - before) / 5000
 
-    At a rate also latencies, from when a request was due, whether a connection was free by then or not: a server that stalls is charged
-    for all who would have come. Without a rate each connection asks again as soon as it has its answer.
+
+def beside_idle(server: Server, seconds: float) -> dict[str, float]:
+    alone = wrk(server, seconds)
+    with crowd(server, 10000):
+        return {"64 connections": alone, "beside 10,000 idle": wrk(server, seconds)}
+
+
+def start_cost(server: Server, seconds: float) -> dict[str, float]:
+    """The CPU time of an import in a new process, and the memory of a server that has had one request."""
+    module = server.name.replace(OURS, "httpd")
+    program = "import time; a = time.process_time_ns(); import %s; print(time.process_time_ns() - a)"
+    command = [VENV / "bin/python", "-c", program % module]
+    taken = [int(output(*command, cwd=server.folder.parent)) for _ in range(7)]
+    return {"import, ms": statistics.median(taken) / 1e6, "idle, MB": server.memory() / 1e6}
+
+
+def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """When requests, RATE a second, were due and answered; and the generator's own pauses, each from when it
+    should have woken to when it did. A request is due whether a connection is free or not: a server that
+    stands still is charged for all who would have come.
     """
-    mix = (f"{time.time_ns():x}-", "".join(f"{name}: {value}\r\n" for name, value in FIELDS.items())) if rate else ()
-    arguments = [CACHE / "load", *map(str, (server.port, server.size, bench.seconds, busy, idle, rate, *mix))]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        if process.stdout.readline() != b"ready\n":
-            raise OSError("connections cannot be opened")
-        before, waited = server.cpu(), server.kept_waiting()
-        os.write(process.stdin.fileno(), b"\n")
-        requests, wrong, duration, count, gap_count = map(float, process.stdout.readline().split() or [0, 1, 1, 0, 0])
-        spent, waited = server.cpu() - before, server.kept_waiting() - waited
-        numbers = iter(memoryview(process.stdout.read(16 * int(count + gap_count))).cast("d"))
-    pairs = list(zip(numbers, numbers, strict=True))
-    return {"value": spent / max(requests, 1), "requests": int(requests), "per_second": requests * 1e6 / duration, "errors": {"answer": int(wrong)},
-            "latencies": latencies(pairs[:int(count)], pairs[int(count):], duration, waited) if count else {}}
+    free, waiting = open_connections(server, 64), {}
+    total, sent = int(RATE * seconds), 0
+    answers, pauses = [], []
+    begin = now = time.perf_counter_ns()
+    while len(answers) < total:
+        wake = now + 1_000_000
+        if free and sent < total:
+            wake = max(now, begin + sent * 10**9 // RATE)
+        ready = select.select(list(waiting), [], [], (wake - now) / 1e9)[0]
+        now = time.perf_counter_ns()
+        if now - wake > PAUSE:
+            pauses.append((wake, now))
+        for sock in ready:
+            if not sock.recv(4096).endswith(server.body):
+                raise Failed("a connection of the ordinary client has ended")
+            answers.append((waiting.pop(sock), now))
+            free.append(sock)
+        while free and sent < total and begin + sent * 10**9 // RATE <= now:
+            sock = free.pop()
+            waiting[sock] = begin + sent * 10**9 // RATE
+            sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sent += 1
+        if now - begin > (seconds + 20) * 1e9:
+            raise Failed("%d of %d requests are not answered" % (total - len(answers), total))
+    return answers, pauses
 
 
-def latencies(answers: list[tuple], gaps: list[tuple], duration: float, waited: float) -> dict:
-    """Microseconds by percentile, and those of the generator's gaps, each of which counts as long as it is. An answer is late if it took more
-    than 2 ms, and still does without the gaps of more than 0.5 ms. Late ones that waited at the same time are one pause.
-    """
-    taken, lengths = sorted(done - due for due, done in answers), sorted((end - begin for begin, end in gaps), reverse=True)
-    wide, result = [gap for gap in gaps if gap[1] - gap[0] > 500], {}
-    for name, part in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)):
-        longer = sum(total < duration * (1 - part) for total in itertools.accumulate(lengths))
-        result[name] = {"value": taken[min(int(len(taken) * part), len(taken) - 1)], "note": f"gap {[*lengths, 0.0][longer]:.0f}"}
-    late = [(due, done, slow) for due, done in answers if done - due > 2000
-            and (slow := done - due - sum(max(0, min(end, done) - max(begin, due)) for begin, end in wide)) > 2000]
-    pauses = sum(due > before for (due, *_), before in zip(late, itertools.accumulate((done for _, done, _ in late), max, initial=0), strict=False))
-    longest = max((slow for *_, slow in late), default=0)
-    result["max"]["note"] += f", {len(late)} late in {pauses} pauses, the longest {longest:.0f}, others had the core for {waited:.0f}"
+def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float]:
+    """Milliseconds without the generator's own pauses, and in the last row the 99th percentile with them."""
+    answers, pauses = answer_times(server, seconds)
+    seen = sorted((done - due) / 1e6 for due, done in answers)
+    told = []
+    for due, done in answers:
+        own = sum(max(0, min(done, end) - max(due, begin)) for begin, end in pauses)
+        told.append((done - due - own) / 1e6)
+    told.sort()
+    result = {"%s, %s" % (crowded, name): told[int(len(told) * part)] for name, part in PERCENTILES.items()}
+    result[crowded + ", p99 with own pauses"] = seen[int(len(seen) * 0.99)]
     return result
 
 
-C_PROGRAMS = {"libmicrohttpd": (MICROHTTPD, "-lmicrohttpd"), STAND_IN: (MICROHTTPD, "-DMI -lmicrohttpd -lcjson"),
-              "load": (LOAD, ""), "handshakes": (HANDSHAKES, "-shared -fPIC")}
+def latency(server: Server, seconds: float) -> dict[str, float]:
+    with crowd(server, 5000):
+        result = percentiles(server, 2 * seconds, "5,000 idle")
+    with start_wrk(server, "pipelined", 300, nice=19) as process:
+        time.sleep(0.5)
+        result.update(percentiles(server, 2 * seconds, "300 pipelining"))
+        process.kill()
+    with crowd(server, 5000) as pid:
+        threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
+        result.update(percentiles(server, 1, "5,000 hang up"))          # in this second
+    return result
 
 
-# --------------------------------------------------------------------------------------------------------- Scenarios
+# ---------------------------------------------------------------------------------------- The scenarios
 
-def with_wrk(script: str, *groups: list[tuple], connections: int = CONNECTIONS) -> Callable[[Bench], list]:
-    """A scenario; each group of servers, which are names and their variants, is a comparison of its own."""
-    def take(bench: Bench) -> list[dict]:
-        rows = []
-        for group in groups:
-            wanted = {label: server for names, variants in group for label, server in bench.servers(names, variants).items()}
-            with running(bench.work, wanted) as servers:
-                rows += bench.take({label: functools.partial(wrk, bench, script, connections, server) for label, server in servers.items()})
-        return rows
-    return take
+class Target(NamedTuple):
+    limit: float
+    row: str
+    beside: str = ""
+    how: str = "x"              # "x": so many times the other row; "+": so much more; "<=": by itself
 
 
-def take_memory(names: list[str], variants: dict[str, dict], bench: Bench) -> list[dict]:
-    servers = bench.servers(names, variants)
-    return bench._replace(rounds=2).take({label: functools.partial(idle_memory, bench, {label: server}) for label, server in servers.items()})
+class Scenario(NamedTuple):
+    title: str
+    unit: str
+    load: Callable[..., Any]
+    servers: dict[str, dict]    # label -> arguments of Server
+    targets: list[Target]
+    once: bool = False          # what has been freed would be used again: only a new server tells
 
 
-def take_connections(bench: Bench) -> list[dict]:
-    """What connections add, to a server each."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100
-    numbers = [pair for pair in ((64, 0), (64, 936), (64, 9936), (10, 0), (100, 0), (1000, 0), (10000, 0)) if sum(pair) < limit]
-    with running(bench.work, bench.servers([OURS, "nginx"], PLAIN)) as servers:
-        return [row for label, server in servers.items() for row in bench.take({
-            f"{label}, {busy} busy, {idle} idle": functools.partial(generate, bench, busy, idle, 0, server) for busy, idle in numbers})]
+def plain(*names: str, **settings: Any) -> dict[str, dict]:
+    return {name: {"name": name, **settings} for name in names}
 
 
-def take_latency(bench: Bench) -> list[dict]:
-    """Beside servers with no collector at work and no memo. Told is also for how long others had the server's core, which makes pauses, too."""
-    variants = {"": {}, "the idle expire": {"conn_timeout": 0.5}}
-    with running(bench.work, bench.servers([OURS], variants) | bench.servers(["nginx", "bare"], PLAIN)) as servers:
-        taken = bench.take({label: functools.partial(generate, bench, CONNECTIONS, IDLE, RATE, server) for label, server in servers.items()})
-    return [row for name in ("p50", "p99", "p99.9", "max") for row in rows_of({f"{row['server']}, {name}": [
-        {"value": 0.0, **sample.get("latencies", {}).get(name, {}), "errors": sample["errors"]} for sample in row["samples"]] for row in taken})]
+def ours(**variants: dict) -> dict[str, dict]:
+    return {"%s, %s" % (OURS, label): {"name": OURS, **settings} for label, settings in variants.items()}
 
 
-Scenario = namedtuple("Scenario", "title unit take needs", defaults=[("wrk",)])
-EVERY, PLAIN, LARGE, SECURE = [OURS, *PEERS][:-1], {"": {}}, b"x" * MIB, ("wrk", "handshakes")
-MAIN = {"get": "the same GET again and again, 14 bytes of content", "new-url": "GET with the 10 fields of a browser, a new URL each",
-        "never-seen": "the same, and a field never seen before each", "pipelined": "GET, pipelined by 16",
-        "new-connection": "GET, a new connection each"}
-TLS = [[([OURS, "nginx"], {kind: {"tls": kind}})] for kind in CERTIFICATES]
+def limits(*pairs: tuple[str, float]) -> list[Target]:
+    return [Target(limit, OURS, peer) for peer, limit in pairs]
+
+
+def of_wrk(title: str, script: str, servers: dict[str, dict], targets: list[Target], connections: int = 64,
+           unit: str = "us") -> Scenario:
+    load = functools.partial(wrk, script=script, connections=connections)
+    return Scenario(title, unit, load, servers, targets)
+
+
+def framework(name: str) -> Scenario:
+    peers = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
+                  app=name)
+    servers = {**plain(OURS, app=name), **ours(**{"threads=0": {"app": name, "threads": 0}}), **peers}
+    targets = limits(("waitress", 0.5)) if name == "flask" else []
+    return of_wrk("the hello of %s, 4 threads" % name.capitalize(), "get", servers, targets)
+
+
+def on_bjoern(title: str, script: str, limit: float, app: str) -> Scenario:
+    """A WSGI application in the thread of the server."""
+    servers = plain(OURS, "bjoern", app=app, threads=0)
+    return of_wrk("WSGI, threads=0: " + title, script, servers, limits(("bjoern", limit)))
+
+
+def posting(title: str, script: str) -> Scenario:
+    settings = {"app": "posted", "receive_buf_size": 2**17, "memory_budget": 64 * MIB}
+    servers = {**plain(OURS, **settings), **plain("bjoern", app="uploaded")}
+    return of_wrk(title, script, servers, limits(("bjoern", 1.05)))
+
+
+EVERY = [OURS, "libmicrohttpd", "nginx", "bjoern", "granian-wsgi", "granian-asgi", "node", "uvicorn",
+         "aiohttp", "http.server"]
+LARGE = {"body": "x" * MIB, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}
+AHEAD = [(name, 1.0) for name in EVERY[2:]]
 SCENARIOS = {
-    **{name: Scenario(title, "us", with_wrk(name, [(EVERY, PLAIN)])) for name, title in MAIN.items()},
-    "memory": Scenario("memory of an idle connection", "bytes", functools.partial(take_memory, EVERY, PLAIN), ()),
-    "mi": Scenario("POST of httpd_list_root_path to /mi", "us", with_wrk("mi", [
-        ([OURS, STAND_IN], {"": {"type": JSON, "body": ANSWER}}), (["libmicrohttpd"], {"GET": {}})])),
-    "large": Scenario("GET of 1 MiB", "us/MiB", with_wrk("get", [
-        ([OURS], {"": {"body": LARGE, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}}), (EVERY[1:], {"": {"body": LARGE}})], connections=8)),
-    "stream": Scenario("GET of 64 MiB, by flush_data_cb", "us/MiB", with_wrk("get", [
-        ([OURS], {kind: {"body": 64 * LARGE, "kind": kind} for kind in ("chunked", "Content-Length")}),
-        (["nginx"], {kind: {"body": 64 * LARGE, "kind": kind} for kind in ("sendfile off", "sendfile on")})], connections=8)),
-    "suspend": Scenario("GET whose handler suspends it", "us", with_wrk("get", [
-        ([OURS], {kind or "not suspended": {"kind": kind} for kind in ("", "resumed by itself", "resumed by a thread")})])),
-    "roots": Scenario("GET with many roots", "us", with_wrk("get", [([OURS], {str(roots): {"roots": roots} for roots in (1, 100, 10000)})])),
-    "tls-keepalive": Scenario("GET over TLS", "us", with_wrk("get", *TLS), SECURE),
-    "tls-handshake": Scenario("GET, a new TLS connection each, with a full handshake", "us", with_wrk("new-connection", *TLS), SECURE),
-    "tls-large": Scenario("GET of 1 MiB over TLS", "us/MiB", with_wrk("get", [
-        ([OURS], {"P-256": {"tls": "P-256", "body": LARGE, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}}),
-        (["nginx"], {"P-256": {"tls": "P-256", "body": LARGE}})], connections=8), SECURE),
-    "tls-memory": Scenario("memory of an idle TLS connection", "bytes", functools.partial(take_memory, *TLS[1][0]), ("handshakes",)),
-    "connections": Scenario("GET on many connections", "us", take_connections, ("load",)),
-    "latency": Scenario(f"latency at {RATE} requests/s, {IDLE} idle connections beside", "us", take_latency, ("load",))}
+    "get": of_wrk("the same GET repeated", "get", plain(*EVERY), limits(("libmicrohttpd", 1.25), *AHEAD)),
+    "new-url": of_wrk("a new URL each, 10 fields of a browser", "new-url", plain(*EVERY),
+                      limits(("bjoern", 1.05), ("uvicorn", 0.5))),
+    "never-seen": of_wrk("the same, and a never-seen field each", "never-seen", plain(*EVERY),
+                         limits(("uvicorn", 0.65), ("node", 1.0))),
+    "pipelined": of_wrk("pipelined by 16", "pipelined", plain(OURS, "nginx", "node", "uvicorn"),
+                        limits(("nginx", 0.6))),
+    "new-connection": of_wrk("a new connection for each request", "new-connection", plain(*EVERY),
+                             limits(("nginx", 1.1))),
+    "post-400": posting("POST of 400 bytes", "post-400"),
+    "post-64k": posting("POST of 64 KiB", "post-64k"),
+    "mi": of_wrk("JSON-RPC by POST to /mi", "mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
+                 limits(("mi-in-C", 1.5))),
+    "wsgi-list": on_bjoern("a list", "get", 1.8, "listed"),
+    "wsgi-generator": on_bjoern("a generator", "get", 2.5, "generated"),
+    "wsgi-400": on_bjoern("upload of 400 bytes", "post-400", 2.0, "uploaded"),
+    "wsgi-64k": on_bjoern("upload of 64 KiB", "post-64k", 1.3, "uploaded"),
+    "wsgi-threads": of_wrk("WSGI, threads=4: 64 connections", "get", plain(OURS, "waitress", app="listed"),
+                           limits(("waitress", 0.3))),
+    "wsgi-one": of_wrk("WSGI, threads=4: one connection", "get", plain(OURS, "waitress", app="listed"),
+                       limits(("waitress", 0.9)), connections=1),
+    "flask": framework("flask"),
+    "django": framework("django"),
+    "bottle": framework("bottle"),
+    "tls": of_wrk("TLS 1.3, P-256, kept alive", "get", plain(OURS, "nginx", tls=True),
+                  limits(("nginx", 1.15))),
+    "handshake": of_wrk("TLS 1.3, P-256, a full handshake with X25519 each", "new-connection",
+                        plain(OURS, "nginx", tls=True), limits(("nginx", 1.15))),
+    "large": of_wrk("1 MiB from the page", "get", plain(OURS, "nginx", **LARGE), limits(("nginx", 1.2)),
+                    connections=8, unit="us/MiB"),
+    "stream": of_wrk("64 MiB streamed", "get", plain(OURS, "nginx", app="stream", body="x" * 64 * MIB),
+                     limits(("nginx", 1.0)), connections=8, unit="us/MiB"),
+    "idle": Scenario("an idle connection", "bytes", idle_memory, plain(*EVERY),
+                     [Target(1000, OURS, how="<=")], once=True),
+    "beside-idle": Scenario(
+        "64 connections beside 10,000 idle ones", "us", beside_idle, plain(OURS),
+        [Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")]),
+    "log": of_wrk(
+        "access log", "get",
+        ours(off={}, combined={"access_log": "access.log"},
+             json={"access_log": "access.log", "access_log_format": "json"}),
+        [Target(2, "httpd.py, %s" % name, "httpd.py, off", "+") for name in ("combined", "json")]),
+    "metrics": of_wrk("metrics", "get", ours(off={}, on={"modules": ("prometheus",)}),
+                      [Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
+    "workers": of_wrk("workers on one core", "get", ours(one={}, two={"workers": 2}),
+                      [Target(1.05, "httpd.py, two", "httpd.py, one")]),
+    "roots": of_wrk("roots", "get", ours(**{"1": {}, "10,000": {"roots": 10000}}),
+                    [Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
+    "start": Scenario(
+        "import and an idle server", "", start_cost, plain(OURS, "http.server"),
+        [Target(1.0, OURS + ": import, ms", "http.server: import, ms"),
+         Target(22, OURS + ": idle, MB", how="<=")]),
+    "latency": Scenario(
+        "latency of an ordinary client at %d/s, beside others" % RATE, "ms", latency, plain(OURS, "nginx"),
+        [Target(20, "%s: %s, p99" % (OURS, who), how="<=") for who in ("300 pipelining", "5,000 hang up")])}
 
 
-# ------------------------------------------------------------------------------------------------------------ Results
+@contextlib.contextmanager
+def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
+    """Servers by their labels, started at once. One that does not start is left out."""
+    servers: dict[str, Server] = {}
+    try:
+        for label, settings in scenario.servers.items():
+            if settings["name"] not in left_out:
+                servers[label] = Server(work, **settings)
+        for label, server in list(servers.items()):
+            try:
+                server.wait()
+            except (Failed, OSError, http.client.HTTPException) as error:
+                left_out["%s, %s" % (label, scenario.title)] = str(error)
+                servers.pop(label).stop()
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
-def rows_of(samples: dict[str, list]) -> list[dict]:
-    """What a table shows; ratios are to the first row."""
-    rows = []
-    for label, taken in samples.items():
-        values = [sample["value"] for sample in taken]
-        errors = sum((Counter(sample["errors"]) for sample in taken), Counter())
-        rows.append({"server": label, "median": statistics.median(values), "min": min(values), "max": max(values), "errors": errors,
-                     "failed": bool(errors), "bytes": taken[0].get("bytes"), "samples": taken,
-                     "note": "; ".join(dict.fromkeys(sample["note"] for sample in taken if sample.get("note")))})
-    for row in rows:
-        row["first_to_it"] = rows[0]["median"] / row["median"] if not (row["failed"] or rows[0]["failed"]) and row["median"] else None
+
+def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
+         left_out: dict[str, str]) -> dict[str, dict]:
+    """Rows by their labels. The servers take turns; the first round warms up."""
+    rows: dict[str, dict] = {}
+    if scenario.once:
+        rounds = 0
+    with running(scenario, work, left_out) as servers:
+        for number in range(rounds + 1):
+            if number == 1:
+                for row in rows.values():
+                    row["samples"].clear()
+            for label, server in servers.items():
+                try:
+                    result = scenario.load(server, seconds)
+                except (Failed, OSError, http.client.HTTPException) as error:
+                    rows.setdefault(label, {"samples": []})["failed"] = str(error)
+                    continue
+                if isinstance(result, float):
+                    result = {"": result}
+                for name, value in result.items():
+                    full = ": ".join(filter(None, [label, name]))
+                    rows.setdefault(full, {"samples": []})["samples"].append(round(value, 4))
+    for row in rows.values():
+        if row["samples"] and "failed" not in row:
+            row.update(median=statistics.median(row["samples"]), least=min(row["samples"]))
     return rows
 
 
-def show(name: str, scenario: Scenario, rows: list[dict]) -> None:
-    print(f"\n{name}: {scenario.title}\n  {'':40}{scenario.unit:>9}{'min - max':>22}{'first/it':>9}{'bytes':>10}{'per s':>9}")
-    for row in rows:
-        rates = [sample["per_second"] for sample in row["samples"] if "per_second" in sample]
-        ratio = "failed" if row["failed"] else f"{row['first_to_it']:.2f}" if row["first_to_it"] else ""
-        errors = "  errors: " * row["failed"] + ", ".join(f"{kind} {number}" for kind, number in row["errors"].items())
-        print(f"  {row['server']:40}{row['median']:9.2f}{row['min']:11.2f} -{row['max']:9.2f}{ratio:>9}{row['bytes'] or '':>10}"
-              f"{f'{statistics.median(rates):.0f}' if rates else '':>9}  {row['note']}{errors}", flush=True)
+def reached(target: Target, rows: dict[str, dict]) -> dict[str, Any]:
+    """The target with the figure beside it, which is None if a row is missing or has failed."""
+    figure = rows.get(target.row, {}).get("median")
+    beside = rows.get(target.beside, {}).get("median")
+    if target.how == "<=":
+        return {**target._asdict(), "figure": figure}
+    if figure is None or not beside:
+        return {**target._asdict(), "figure": None}
+    if target.how == "+":
+        return {**target._asdict(), "figure": figure - beside}
+    return {**target._asdict(), "figure": figure / beside}
 
 
-def output(*arguments, **options) -> str:
-    """What a program says; nothing if there is no such program."""
-    try:
-        return subprocess.run(arguments, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options).stdout.strip()
-    except OSError:
-        return ""
-
-
-def installed(python: str) -> dict[str, str]:
-    """The packages there, with their versions."""
-    said = output(python, "-c", "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))")
-    return dict(word.split("==") for word in said.split())
-
-
-# ------------------------------------------------------------------------------------------------------- Installation
-
-def install(base: str, names: list[str]) -> tuple[str, list[str]]:
-    """The Python for the other servers, and those of them that can take part."""
-    os.environ.update(PATH=os.environ["PATH"] + os.pathsep + "/usr/sbin", DEBIAN_FRONTEND="noninteractive", RUNLEVEL="1")  # starts no service
-    folder = CACHE / f"python{output(base, '-V')[7:]}"
-    if not folder.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        output(base, "-m", "venv", folder)
-    python = str(folder / "bin/python") if folder.exists() else base
-
-    def lacking() -> dict[str, list]:
-        packages = installed(python)
-        there = {need for need in DEBIAN if shutil.which(need) or Path("/usr/include", need).exists()} | packages.keys()
-        return {name: needs for name in [*names, *TOOLS] if (needs := [need for need in {**PEERS, **TOOLS}[name] if need not in there])}
-
-    for need in sorted({need for needs in lacking().values() for need in needs}):
-        print("installing", need, flush=True)
-        if need in DEBIAN:
-            output("apt-get", "update")
-            output("apt-get", "install", "-y", "--no-install-recommends", DEBIAN[need])
+def show(name: str, result: dict) -> None:
+    print("\n%s: %s%s" % (name, result["title"], ", %s" % result["unit"] if result["unit"] else ""))
+    print("    %-46s %10s %10s" % ("", "median", "least"))
+    for label, row in result["rows"].items():
+        if "median" in row:
+            print("    %-46s %10.2f %10.2f" % (label, row["median"], row["least"]))
         else:
-            output(python, "-m", "pip", "install", "--disable-pip-version-check", need)
-    left_out.update({name: "there is no " + " and no ".join(needs) for name, needs in lacking().items()})
-    for name, (source, options) in C_PROGRAMS.items():
-        if name in [*names, *TOOLS] and name not in left_out:
-            (CACHE / f"{name}.c").write_text(HEADERS + source)
-            errors = output("cc", "-O2", "-w", "-o", CACHE / name, CACHE / f"{name}.c", *options.split())
-            left_out.update({name: errors} if errors else {})
-    return python, [name for name in names if name not in left_out]
+            print("    %-46s failed: %s" % (label, row.get("failed")))
+    for target in result["targets"]:
+        goal = "%s %s %g %s" % (target["row"], target["how"], target["limit"], target["beside"])
+        if target["figure"] is None:
+            verdict = "not measured"
+        elif target["figure"] <= target["limit"]:
+            verdict = "%.2f reached" % target["figure"]
+        else:
+            verdict = "%.2f MISSED" % target["figure"]
+        print("    target %-60s %s" % (goal, verdict))
+    sys.stdout.flush()
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------- The picture and README
 
-def arguments() -> argparse.Namespace:
-    every, quick = [OURS, *PEERS], "--quick" in sys.argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"scenarios: {','.join(SCENARIOS)}; servers: {','.join(every)}")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 1 s, the main scenarios, few servers, one Python")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all samples there")
-    parser.add_argument("--rounds", type=int, default=3 if quick else 5, help="default: 5")
-    parser.add_argument("--seconds", type=int, default=1 if quick else 2, help="of a load in a round; default: 2")
-    parser.add_argument("--scenarios", metavar="A,B", default=",".join(MAIN if quick else SCENARIOS), help="default: all")
-    parser.add_argument("--servers", metavar="A,B", default=",".join(QUICK_PEERS if quick else every), help="default: all; httpd.py always")
-    parser.add_argument("--python", action="append", help="for httpd.py, may be repeated; default: every 3.11 and 3.13 of pyenv, or this one")
-    parser.add_argument("--httpd", type=Path, default=HERE.parent.parent / "httpd.py", help="the file to measure")
-    chosen = parser.parse_args()
-    found = [str(path) for number in ("3.11", "3.13") for path in sorted(Path.home().glob(f".pyenv/versions/{number}*/bin/python"))]
-    chosen.python = chosen.python or (found or [sys.executable])[:1 if quick else None]
-    chosen.scenarios, servers = chosen.scenarios.split(","), chosen.servers.split(",")
-    if unknown := [name for name in chosen.scenarios + servers if name not in [*SCENARIOS, *every]]:
-        parser.error(f"there is no {', '.join(unknown)}, see --help")
-    chosen.servers = [name for name in PEERS if name in servers]
-    return chosen
+STYLE = """<style>
+text { font: 13px system-ui, sans-serif; fill: #1f2328 } .title { font-weight: 600; font-size: 15px }
+.bar { fill: #8c959f } .ours { fill: #1a7f64 }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 } .bar { fill: #6e7681 } .ours { fill: #3fb68f } }
+</style>"""
 
 
-def measure(chosen: argparse.Namespace, work: Path) -> None:
-    """One scenario after the other; the file is written after each."""
-    shutil.copy(chosen.httpd, work / "httpd.py")                # it may be edited meanwhile
-    python, peers = install(chosen.python[0], chosen.servers)
-    bench = Bench(work, chosen.rounds, chosen.seconds,
-                  {f"{OURS}, {output(path, '-V')[7:]}": {"name": OURS, "python": path} for path in chosen.python}
-                  | {name: {"name": name, "python": python} for name in peers})
-    tools = {"wrk": ("wrk", "-v"), "nginx": ("nginx", "-v"), "node": ("node", "-v"), "libmicrohttpd": (CACHE / "libmicrohttpd",)}
-    found = {tool: re.findall("[0-9]+(?:[.][0-9]+)+", output(*command))[:1] for tool, command in tools.items()}
-    versions = {"Python of the others": output(python, "-V")[7:], **{tool: number for tool, numbers in found.items() for number in numbers},
-                **{package: number for package, number in installed(python).items() if package in sum(PEERS.values(), [])}}
-    cpu = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
-    result = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cpu": " ".join(cpu), "cores": len(CORES), "kernel": os.uname().release,
-              "rounds": chosen.rounds, "seconds": chosen.seconds, "versions": versions, "left_out": left_out, "scenarios": {}}
-    print("\n".join(f"{key}: {value}" for key, value in result.items() if value))
-    for kind, options in CERTIFICATES.items():
-        output("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-newkey", *options,
-               "-keyout", work / f"{kind}.key", "-out", work / f"{kind}.crt")
-    for name in chosen.scenarios:
+def bars(scenario: dict, top: int) -> list[str]:
+    """A horizontal bar for each server, the shortest first."""
+    rows = [(row["median"], label) for label, row in scenario["rows"].items() if "median" in row]
+    rows.sort()
+    title = "CPU per request, microseconds: " + scenario["title"]
+    drawn = ['<text class="title" x="10" y="%d">%s</text>' % (top, title)]
+    for number, (value, label) in enumerate(rows):
+        y = top + 12 + 24 * number
+        width = 500 * value / rows[-1][0]
+        kind = "bar ours" if label == OURS else "bar"
+        drawn.append('<text x="130" y="%d" text-anchor="end">%s</text>' % (y + 14, label))
+        drawn.append('<rect class="%s" x="138" y="%d" width="%.1f" height="18" rx="2"/>' % (kind, y, width))
+        drawn.append('<text x="%.1f" y="%d">%.1f</text>' % (144 + width, y + 14, value))
+    return drawn
+
+
+def draw(result: dict) -> None:
+    drawn: list[str] = []
+    height = 28
+    for name in ("get", "new-connection"):
+        if name in result["scenarios"]:
+            scenario = result["scenarios"][name]
+            drawn += bars(scenario, height)
+            height += 56 + 24 * len(scenario["rows"])
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 %d" role="img">' % (height - 28)
+    title = "<title>CPU time of the server for each request, in microseconds; less is better</title>"
+    (HERE / "bench.svg").write_text("\n".join([head, title, STYLE, *drawn, "</svg>"]) + "\n")
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "fails"
+    if value < 1000:
+        return "%.3g" % value
+    return str(round(value))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| %s |" % " | ".join(line) for line in lines)
+
+
+def by_server(scenarios: dict[str, dict]) -> str:
+    wanted = ["get", "new-url", "never-seen", "new-connection", "idle"]
+    columns = [name for name in wanted if name in scenarios]
+    head = ["server"] + ["%s, %s" % (scenarios[name]["title"], scenarios[name]["unit"]) for name in columns]
+    rows = []
+    for label in EVERY:
+        found = [scenarios[name]["rows"].get(label) for name in columns]
+        if any(found):
+            rows.append([label] + [number(row.get("median")) if row else "" for row in found])
+    return table(head, rows)
+
+
+def by_task(scenarios: dict[str, dict]) -> str:
+    """Each task beside one other row, as the targets have it."""
+    rows = []
+    for name, scenario in scenarios.items():
+        for target in scenario["targets"]:
+            row, beside = (scenario["rows"].get(target[key], {}) for key in ("row", "beside"))
+            if target["how"] == "x" and "median" in row and "median" in beside and name != "get":
+                title = "%s, %s" % (scenario["title"], scenario["unit"] or target["row"].split(", ")[-1])
+                rows.append([title, target["beside"], number(row["median"]), number(beside["median"]),
+                             "%.2f" % target["figure"]])
+    return table(["task", "the other", "httpd.py", "the other", "ratio"], rows)
+
+
+def by_latency(rows: dict[str, dict]) -> str:
+    lines: dict[str, list[str]] = {}
+    for label, row in rows.items():
+        start, _, name = label.rpartition(", ")
+        if name in PERCENTILES:
+            lines.setdefault(start, [start]).append(number(row.get("median")))
+    return table(["server: beside", *PERCENTILES], list(lines.values()))
+
+
+def described(result: dict) -> str:
+    versions = ", ".join("%s %s" % pair for pair in result["versions"].items())
+    return "%s, Linux %s, %s" % (result["machine"], result["kernel"], versions)
+
+
+def write_readme(result: dict) -> None:
+    scenarios = result["scenarios"]
+    parts = ["Measured on %s: medians of %d rounds of %g seconds." % (
+        described(result), result["rounds"], result["seconds"])]
+    parts.append(by_server(scenarios))
+    parts.append("![CPU time for each request, of all servers](.ci/bench.svg)")
+    parts.append(by_task(scenarios))
+    if "latency" in scenarios:
+        parts.append("Milliseconds of an ordinary client, which sends %d requests a second:" % RATE)
+        parts.append(by_latency(scenarios["latency"]["rows"]))
+    readme = HERE.parent / "README.md"
+    before, begin, rest = readme.read_text().partition("<!-- measured -->\n")
+    after = rest.partition("<!-- /measured -->")[2]
+    if not after:
+        sys.exit("README.md has no place for the tables: <!-- measured --> and <!-- /measured -->")
+    readme.write_text(before + begin + "\n" + "\n\n".join(parts) + "\n\n<!-- /measured -->" + after)
+
+
+# -------------------------------------------------------------------------------- Installation and main
+
+PACKAGES = {
+    "bjoern": ["bjoern"], "granian-wsgi": ["granian"], "granian-asgi": ["granian", "uvloop"],
+    "uvicorn": ["uvicorn", "httptools", "uvloop"], "aiohttp": ["aiohttp", "uvloop"], "waitress": ["waitress"],
+    "cheroot": ["cheroot"], "gunicorn-sync": ["gunicorn"], "gunicorn-gthread": ["gunicorn"],
+    "flask": ["flask"], "django": ["django"], "bottle": ["bottle"]}
+DEBIAN = {          # package -> what shows that it is there
+    "wrk": "wrk", "nginx-light": "nginx", "nodejs": "node", "gcc": "cc", "openssl": "openssl",
+    "libev-dev": "/usr/include/ev.h", "libmicrohttpd-dev": "/usr/include/microhttpd.h",
+    "libcjson-dev": "/usr/include/cjson/cJSON.h"}
+
+
+def output(*command: Any, **options: Any) -> str:
+    """What a program says; Failed if there is no such program, or it fails."""
+    try:
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    except OSError as error:
+        raise Failed(str(error)) from error
+    if done.returncode:
+        raise Failed(" ".join(done.stdout.split("\n")[-4:]).strip() or "%s fails" % command[0])
+    return done.stdout.strip()
+
+
+def install_debian() -> dict[str, str]:
+    """What is left out, and why."""
+    missing = [package for package, sign in DEBIAN.items()
+               if not shutil.which(sign) and not os.path.exists(sign)]
+    left_out = {}
+    if missing:
+        # With this runlevel no service is started.
+        options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
+        with contextlib.suppress(Failed):
+            output("apt-get", "update", **options)
+        for package in missing:
+            try:
+                output("apt-get", "install", "-y", "--no-install-recommends", package, **options)
+            except Failed as error:
+                left_out[DEBIAN[package]] = str(error)
+    return left_out
+
+
+def install() -> dict[str, str]:
+    """The peers, and why some of them are left out."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    left_out = install_debian()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not VENV.exists():
+        output(sys.executable, "-m", "venv", VENV)
+    there = packages()
+    pip = [VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    for name, wanted in PACKAGES.items():
         try:
-            if lacking := [tool for tool in SCENARIOS[name].needs if tool in left_out]:
-                raise NotImplementedError(f"it needs {lacking[0]}")
-            rows = SCENARIOS[name].take(bench)
-        except NotImplementedError as error:
+            for package in set(wanted) - set(there):
+                output(*pip, package)
+        except Failed as error:
             left_out[name] = str(error)
-            continue
-        show(name, SCENARIOS[name], rows)
-        result["scenarios"][name] = {"title": SCENARIOS[name].title, "unit": SCENARIOS[name].unit, "rows": rows}
-        if chosen.json:                                         # a row is a line
-            chosen.json.write_text(json.dumps(result).replace('{"server":', '\n{"server":') + "\n")
-    print("\nleft out:", *(f"\n  {name}: {why}" for name, why in left_out.items() or [("nothing", "all took part")]))
+    for name, (source, options) in C_PROGRAMS.items():
+        (CACHE / ("%s.c" % name)).write_text(source)
+        try:
+            output("cc", "-O2", "-w", "-o", CACHE / name, CACHE / ("%s.c" % name), *options.split())
+        except Failed as error:
+            left_out[name] = str(error)
+    return left_out
+
+
+def packages() -> dict[str, str]:
+    """Those of the environment, with their versions."""
+    said = output(VENV / "bin/python", "-m", "pip", "list", "--format=json", "--disable-pip-version-check")
+    return {package["name"].lower(): package["version"] for package in json.loads(said)}
+
+
+def machine() -> dict[str, Any]:
+    cpu = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    versions = {"Python": "%d.%d.%d" % sys.version_info[:3]}
+    there = packages()
+    versions.update((name, there[name]) for name in sorted(set(sum(PACKAGES.values(), []))) if name in there)
+    for program, option in [("nginx", "-v"), ("node", "-v")]:
+        with contextlib.suppress(Failed):
+            versions[program] = re.findall("[0-9]+(?:[.][0-9]+)+", output(program, option))[0]
+    return {"machine": "%s, %d cores" % (cpu[0] if cpu else os.uname().machine, len(CORES)),
+            "kernel": os.uname().release, "versions": versions}
+
+
+def measure(names: list[str], rounds: int, seconds: float, path: Path) -> None:
+    """One scenario after the other; the file is written after each."""
+    left_out = install()
+    result = {**machine(), "rounds": rounds, "seconds": seconds, "left_out": left_out, "scenarios": {}}
+    print(described(result))
+    with tempfile.TemporaryDirectory(prefix="httpd-bench-", dir="/dev/shm") as folder:
+        work = Path(folder)
+        shutil.copy(HERE.parent / "httpd.py", work)             # it may be edited meanwhile
+        output(VENV / "bin/python", "-m", "compileall", "-q", work)
+        output("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-newkey", "ec",
+               "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", work / "tls.key", "-out", work / "tls.crt")
+        for name in names:
+            scenario = SCENARIOS[name]
+            rows = take(scenario, work, rounds, seconds, left_out)
+            targets = [reached(target, rows) for target in scenario.targets]
+            result["scenarios"][name] = {
+                "title": scenario.title, "unit": scenario.unit, "rows": rows, "targets": targets}
+            show(name, result["scenarios"][name])
+            if path:
+                path.write_text(json.dumps(result, indent=1) + "\n")
+    if path == HERE / "bench.json":
+        draw(result)
+    for name, why in left_out.items():
+        print("left out: %s: %s" % (name, why))
 
 
 def main() -> None:
-    chosen = arguments()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="scenario",
+                        help="readme, or some of: " + " ".join(SCENARIOS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a load in a round")
+    parser.add_argument("--json", type=Path, help="write there; bench.json if all are measured")
+    chosen = parser.parse_args()
+    path = chosen.json
+    if not chosen.names and not path:
+        path = HERE / "bench.json"
+    if chosen.names == ["readme"]:
+        result = json.loads((path or HERE / "bench.json").read_text())
+        draw(result)
+        return write_readme(result)
+    unknown = set(chosen.names) - set(SCENARIOS)
+    if unknown:
+        parser.error("no such scenario: %s" % " ".join(unknown))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # through every `finally`
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)                     # PR_SET_CHILD_SUBREAPER: what servers leave behind comes to us
+    os.sched_setaffinity(0, CORES[-1:])
     resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1:] * 2)
     gc.disable()                                                # no pauses in what is timed
-    with tempfile.TemporaryDirectory(prefix="httpd-bench-", dir="/dev/shm", ignore_cleanup_errors=True) as work:
-        measure(chosen, Path(work))
+    measure(chosen.names or list(SCENARIOS), chosen.rounds, chosen.seconds, path)
 
 
 if __name__ == "__main__":

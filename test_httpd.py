@@ -10052,7 +10052,7 @@ def test_the_style_of_the_file():
     def size(node):
         return bisect.bisect(numbers, node.end_lineno) - bisect.bisect_left(numbers, node.lineno)
 
-    assert len(lines) <= 8800
+    assert len(lines) <= 8850
     assert max(map(len, lines)) <= 100
     assert sum(tokens.values()) <= 55200
     assert sum(tokens.values()) / len(tokens) <= 8.8

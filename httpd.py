@@ -2190,7 +2190,7 @@ class Access:
             match = FORWARDED_ADDRESS.fullmatch(member.strip(" \t"))
             if match is None or not is_address(match[1] or match[2]):
                 break
-            client = (match[1] or match[2], 0)
+            client = plain_address((match[1] or match[2], 0))
             if not self.is_proxy(client[0]):
                 break
         return client

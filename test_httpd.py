@@ -1837,6 +1837,7 @@ PROXY_ROWS = [
     ([b"X-Forwarded-For: 1.2.3.4:567"], "1.2.3.4", "http", "example", "with a port"),
     ([b"X-Forwarded-For: [2001:db8::1]:567"], "2001:db8::1", "http", "example", "IPv6 with a port"),
     ([b"X-Forwarded-For: 2001:db8::1"], "2001:db8::1", "http", "example", "IPv6"),
+    ([b"X-Forwarded-For: 1.2.3.4, ::ffff:10.1.1.1"], "1.2.3.4", "http", "example", "IPv4 as IPv6 writes it"),
     ([b"X-Forwarded-For: unknown"], "127.0.0.1", "http", "example", "no address: the proxy itself"),
     ([b"X-Forwarded-For: 1.2.3.4, evil\""], "127.0.0.1", "http", "example", "rubbish from the right"),
     ([b"X-Forwarded-For: 1.2.3"], "127.0.0.1", "http", "example", "no whole address"),

@@ -715,7 +715,6 @@ class HTTPError(Exception):
             check_field(name, value)
 
 
-OK = 200            # CPython has one object of it: what is another one is looked at closer
 class ContentTooLarge(HTTPError):
     """413. `parameter` is what the operator may raise; the log names it too."""
 
@@ -724,6 +723,7 @@ class ContentTooLarge(HTTPError):
         self.parameter = parameter
 
 
+OK = 200            # CPython has one object of it: what is another one is looked at closer
 SUSPEND = -2        # what an access handler returns to be called again, after request.resume()
 END = -1            # what flush_data_cb returns at the end of the content
 
@@ -1461,41 +1461,28 @@ _PATH = r'/[!"$&->@-\[\]-~]*(?:' + _ESCAPED + r'[!"$&->@-\[\]-~]*)*'
 _QUERY = r'[!"$&-\[\]-~]*(?:%(?!00)[!"$&-\[\]-~]*)*'
 ORIGIN_FORM_LINE = re.compile(
     "(" + TOKEN.pattern + ") ((" + _PATH + r")(?:\?(" + _QUERY + r"))?) HTTP/1\.([0-9])")
-REQUEST_LINE = re.compile("("
-                          + TOKEN.pattern
-                          + ") ("
-                          + _PATH
-                          + r"(?:\?"
-                          + _QUERY
-                          + ")?|(?!/)"
-                          + _QUERY
-                          + r") HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(
+    "(" + TOKEN.pattern + ") (" + _PATH + r"(?:\?" + _QUERY + ")?|(?!/)" + _QUERY
+    + r") HTTP/([0-9])\.([0-9])")
 ABSOLUTE_FORM = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?%]*(?:%[0-9A-Fa-f]{2}[^/?%]*)*)(" + _PATH + r")?(?:\?(.*))?")
 AUTHORITY_FORM = re.compile(r"[^:]+:[0-9]{1,5}|\[.*\]:[0-9]{1,5}")
 _REG_NAME = r"[A-Za-z0-9_.~!$&'()*+,;=-]*"                              # RFC 3986, 3.2.2
 HOST = re.compile(r"(?!:|\Z)(?:\[(?:([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~%-]+)?"
                   r"|[vV][0-9A-Fa-f]+\.[A-Za-z0-9_.~!$&'()*+,;=:-]+)\]|"
-                  + _REG_NAME
-                  + "(?:%[0-9A-Fa-f]{2}"
-                  + _REG_NAME
-                  + ")*)(?::([0-9]{0,5}))?")
+                  + _REG_NAME + "(?:%[0-9A-Fa-f]{2}" + _REG_NAME + ")*)(?::([0-9]{0,5}))?")
 # nearly every one: quickly found good
 PLAIN_HOST = re.compile("[A-Za-z0-9.-]+(?::[0-9]{1,4})?")
 FIELD_LINE = re.compile(_TOKEN + b":" + _VALUE)
 CONTENT_LENGTH = re.compile("0|[1-9][0-9]{0,17}")               # a leading zero is octal to some
 CODING = re.compile(TOKEN.pattern + "(?:[ \t]*;.*)?")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*"
-                        + _TOKEN
-                        + rb"(?:[ \t]*=[ \t]*(?:"
-                        + _TOKEN
-                        + rb"|"
-                        + _QUOTED
-                        + rb"))?)*)\r\n")
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN
+    + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*)\r\n")
 # What may still become a chunk size line: bytes that cannot are refused at once.
 CHUNK_LINE_BEGIN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:\r?|[ \t]*(?:;" + _VALUE + rb"\r?)?))?")
-# RFC 9112, 2.2: clients that send too many
 CHUNK_LINE_REST = re.compile(_VALUE + rb"\r?")                  # once there is an extension
+# RFC 9112, 2.2: some clients send too many.
 EMPTY_LINES = re.compile(rb"(?:\r\n){0,4}")
 
 CHUNKED = -1            # beside a Content-Length of 0 or more
@@ -2506,29 +2493,18 @@ class Spool:
 # A row has a fixed list of cells; then slots for series that have labels, each a name and numbers.
 # Who reads adds up the rows, slots by name: each process fills its own in the order of its needs.
 
-# The cells of a row. get_statistics calls them by these names.
+# The cells of a row, as get_statistics calls them: requests that were answered; connections that
+# were taken in, turned away since there was no place, closed since others needed the room; those
+# whose time was over. From "connections" on gauges: they say how it is now.
 CELLS = (
     "requests", "accepted", "refused", "evicted",
     "timeouts_idle", "timeouts_head", "timeouts_content", "timeouts_output",
-    # From here on gauges: they say how it is now.
     "connections", "connections_idle", "connections_receiving", "connections_sending",
     "connections_suspended", "connections_closing", "held_bytes", "budget_bytes")
-REQUESTS = CELLS.index("requests")              # answered
-ACCEPTED = CELLS.index("accepted")              # connections
-REFUSED_CONNECTIONS = CELLS.index("refused")    # of them turned away: there was no place
-EVICTED = CELLS.index("evicted")                # and closed because others needed the room
-IDLE_TIMEOUTS = CELLS.index("timeouts_idle")
-HEAD_TIMEOUTS = CELLS.index("timeouts_head")
-CONTENT_TIMEOUTS = CELLS.index("timeouts_content")
-OUTPUT_TIMEOUTS = CELLS.index("timeouts_output")
-CONNECTIONS = CELLS.index("connections")        # the first gauge
-IDLE = CELLS.index("connections_idle")
-RECEIVING = CELLS.index("connections_receiving")
-SENDING = CELLS.index("connections_sending")
-SUSPENDED = CELLS.index("connections_suspended")
-CLOSING = CELLS.index("connections_closing")
-HELD_BYTES = CELLS.index("held_bytes")
-BUDGET_BYTES = CELLS.index("budget_bytes")
+(REQUESTS, ACCEPTED, REFUSED_CONNECTIONS, EVICTED,
+ IDLE_TIMEOUTS, HEAD_TIMEOUTS, CONTENT_TIMEOUTS, OUTPUT_TIMEOUTS,
+ CONNECTIONS, IDLE, RECEIVING, SENDING,
+ SUSPENDED, CLOSING, HELD_BYTES, BUDGET_BYTES) = range(len(CELLS))
 SLOTS_USED = len(CELLS)
 # Then, of each process, for the others: its number, when it has turned its loop in milliseconds of
 # time.monotonic(), and the connections that it has just now.

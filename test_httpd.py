@@ -7904,11 +7904,11 @@ def stall(request, page):
 def hang(request, page):
     print("hangs")
     return httpd.SUSPEND
-httpd.register_httpdcb("test", "pid", pid, None, lambda: print("init", os.getpid(), flush=True))
+httpd.register_httpdcb("test", "pid", pid, None, lambda: print("init %d\\n" % os.getpid(), end="", flush=True))
 httpd.register_httpdcb("test", "wait", wait)
 httpd.register_httpdcb("test", "stall", stall)
 httpd.register_httpdcb("test", "hang", hang)
-httpd.register_service("test", lambda server: print("service", os.getpid(), flush=True))
+httpd.register_service("test", lambda server: print("service %d\\n" % os.getpid(), end="", flush=True))
 httpd.loadmodule("mi_http")
 httpd.loadmodule("prometheus")
 httpd.loadmodule("mi_html")

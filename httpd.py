@@ -7525,7 +7525,7 @@ def wsgi_environ(request: Request, content: Optional[Spool], threads: int) -> di
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": threads > 1,
-        "wsgi.multiprocess": False,
+        "wsgi.multiprocess": len(request.counters.rows) > 1,
         "wsgi.run_once": False,
         "wsgi.file_wrapper": FileWrapper,
     }

@@ -186,6 +186,62 @@ class connect(socket.socket):
         self.close()
 
 
+class connect_tls(connect):
+    """A client with TLS in memory and a socket, so that the records can be cut at will."""
+
+    def __init__(self, server, context, **options):
+        super().__init__(server)
+        self.inner, self.outer = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.inner, self.outer, **options)
+
+    def push(self, cut=CUTS["whole"]):
+        """Send what TLS has made so far."""
+        for piece in cut(self.outer.read()):
+            self.sendall(piece)
+
+    def pull(self):
+        if data := self.recv(1 << 18):
+            self.inner.write(data)
+        else:
+            self.inner.write_eof()
+
+    def handshake(self, cut=CUTS["whole"]):
+        while True:
+            try:
+                self.tls.do_handshake()
+                return self.push(cut)
+            except ssl.SSLWantReadError:
+                self.push(cut)
+                self.pull()
+
+    def say(self, raw, cut=CUTS["whole"]):
+        self.handshake(cut)
+        self.tls.write(raw)
+        self.push(cut)
+
+    def ask(self, raw, count=1, cut=CUTS["whole"]):
+        """The answers to that many requests."""
+        self.say(raw, cut)
+        found = answers(read(self, count))
+        if len(found) < count:
+            raise ConnectionResetError("it ends before the answer")
+        return found
+
+    def read(self):
+        """What recv() gives, without TLS; b"" at the end."""
+        parts = []
+        while not parts or parts[-1]:
+            try:
+                parts.append(self.tls.read(1 << 20))
+            except ssl.SSLWantReadError:
+                if parts:
+                    break
+                self.pull()
+            except ssl.SSLZeroReturnError:  # the end of who has said close_notify himself
+                parts.append(b"")
+        return b"".join(parts)
+
+
 class Wire(io.BytesIO):
     """Bytes as http.client wants them: what we send must be readable by others."""
     def makefile(self, mode):
@@ -1464,8 +1520,8 @@ CHUNK_ROWS = [
 
 def thrice(raw, cut):
     """For a cold server and for a warm one; what is long is sent byte by byte where it begins and where it ends."""
-    if cut == "bytes" and len(raw) > 400:
-        return [*CUTS[cut](raw[:200]), raw[200:-200], *CUTS[cut](raw[-200:])], [raw], CUTS["random"](raw)
+    if cut == "bytes" and len(raw) > 1000:
+        return [*CUTS[cut](raw[:500]), raw[500:-500], *CUTS[cut](raw[-500:])], [raw], CUTS["random"](raw)
     return CUTS[cut](raw), [raw], CUTS[cut](raw)
 
 
@@ -2186,10 +2242,10 @@ def test_a_reader_who_takes_a_little_all_the_time_lives_and_one_who_takes_nothin
 # ---------------------------------------------------------------------------------------------------------- Connection
 
 @contextlib.contextmanager
-def counted_calls():
+def counted_calls(*more):
     """The names of what is called meanwhile in this thread: functions of httpd.py, and system calls on sockets."""
     own, system = [], []
-    names = ("poll", "recv", "send", "accept", "_accept", "register", "modify", "sendmsg", "close")
+    names = ("poll", "recv", "send", "accept", "_accept", "register", "modify", "sendmsg", "close", *more)
 
     def profile(frame, event, argument):
         if event == "call" and frame.f_code.co_filename == httpd.__file__:
@@ -4314,6 +4370,8 @@ COST_ROWS = [
     (lambda number: get(b"/h") * 16, 16, 70, "16 pipelined ones"),
     (lambda number: post(b'{"jsonrpc":"2.0","method":"none","id":1}', b"Content-Type: application/json", path=b"/mi"),
      1, 31, "JSON-RPC"),
+    (lambda number: post(b"x" * 400, path=b"/h"), 1, 14, "a POST"),
+    (lambda number: get(b"/w"), 1, 41, "WSGI"),
 ]
 
 
@@ -4321,6 +4379,7 @@ COST_ROWS = [
 def test_what_a_request_costs(server, raw, count, calls):
     """One poll, one recv, one send, and few calls of our own functions: a slow change is noticed here."""
     httpd.register_httpdcb("test", "h", lambda request, page: page.write(b"Hello, world!\n") and 200)
+    httpd.register_wsgi("test", "w", lambda environ, start_response: start_response("200 OK", []) and [b"Hello"])
     httpd.register_mi("none", lambda: None)
     httpd.loadmodule("mi_http")
     with connect(server) as client:
@@ -4339,63 +4398,27 @@ def test_what_a_request_costs(server, raw, count, calls):
     assert len(own) - len(idle) <= calls, own
 
 
+def test_what_a_request_over_tls_costs(pki):
+    httpd.register_httpdcb("test", "h", lambda request, page: page.write(b"Hello, world!\n") and 200)
+    server = httpd.Server(**LOCAL, tls_cert_file=pki / "ec.pem", tls_key_file=pki / "ec.key")
+    with connect_tls(server, client_context()) as client:
+        pull = client.pull
+        client.pull = lambda: server.run_once(0.05) or pull()
+        for _ in range(4):
+            assert client.ask(get(b"/h"))[0].status == 200
+        with counted_calls() as (idle, _):
+            server.run_once(0)
+        client.say(get(b"/h"))
+        system = []
+        while "read" not in system:
+            with counted_calls("read", "write") as (own, system):
+                server.run_once(1)
+    assert sorted(system) == ["poll", "read", "write"]
+    assert len(own) - len(idle) <= 8, own
+    server.stop(0)
+
+
 # ----------------------------------------------------------------------------------------------------------------- TLS
-
-class connect_tls(connect):
-    """A client with TLS in memory and a socket, so that the records can be cut at will."""
-
-    def __init__(self, server, context, **options):
-        super().__init__(server)
-        self.inner, self.outer = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.inner, self.outer, **options)
-
-    def push(self, cut=CUTS["whole"]):
-        """Send what TLS has made so far."""
-        for piece in cut(self.outer.read()):
-            self.sendall(piece)
-
-    def pull(self):
-        if data := self.recv(1 << 18):
-            self.inner.write(data)
-        else:
-            self.inner.write_eof()
-
-    def handshake(self, cut=CUTS["whole"]):
-        while True:
-            try:
-                self.tls.do_handshake()
-                return self.push(cut)
-            except ssl.SSLWantReadError:
-                self.push(cut)
-                self.pull()
-
-    def say(self, raw, cut=CUTS["whole"]):
-        self.handshake(cut)
-        self.tls.write(raw)
-        self.push(cut)
-
-    def ask(self, raw, count=1, cut=CUTS["whole"]):
-        """The answers to that many requests."""
-        self.say(raw, cut)
-        found = answers(read(self, count))
-        if len(found) < count:
-            raise ConnectionResetError("it ends before the answer")
-        return found
-
-    def read(self):
-        """What recv() gives, without TLS; b"" at the end."""
-        parts = []
-        while not parts or parts[-1]:
-            try:
-                parts.append(self.tls.read(1 << 20))
-            except ssl.SSLWantReadError:
-                if parts:
-                    break
-                self.pull()
-            except ssl.SSLZeroReturnError:  # the end of who has said close_notify himself
-                parts.append(b"")
-        return b"".join(parts)
-
 
 SUFFIXES = {
     "G": "AES256-GCM-SHA384",
@@ -7909,6 +7932,10 @@ httpd.register_httpdcb("test", "wait", wait)
 httpd.register_httpdcb("test", "stall", stall)
 httpd.register_httpdcb("test", "hang", hang)
 httpd.register_service("test", lambda server: print("service %d\\n" % os.getpid(), end="", flush=True))
+def application(environ, start_response):
+    start_response("200 OK", [])
+    return [b"%r" % environ["wsgi.multiprocess"]]
+httpd.register_wsgi("test", "wsgi", application)
 httpd.loadmodule("mi_http")
 httpd.loadmodule("prometheus")
 httpd.loadmodule("mi_html")
@@ -8005,6 +8032,7 @@ def test_workers_share_the_connections_and_the_counters(program):
     wait_for(is_even, seconds=20)
     told = 'root="pid",method="GET",code="200"} %d' % sum(asked)
     wait_for(lambda: told in two.ask(b"/metrics"))  # whichever answers
+    assert two.ask(b"/wsgi") == "True"  # PEP 3333: other processes may call the application too
     limits = 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert "\nprocess_max_fds %d\n" % limits in two.ask(b"/metrics")  # so are the numbers of the processes
     assert two.end() == 0

@@ -623,12 +623,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| %s |" % " | ".join(line) for line in lines)
 
 
-def by_server(scenarios: dict[str, dict]) -> str:
-    wanted = ["get", "new-url", "never-seen", "new-connection", "idle"]
+def by_server(scenarios: dict[str, dict], wanted: list[str]) -> str:
     columns = [name for name in wanted if name in scenarios]
     head = ["server"] + ["%s, %s" % (scenarios[name]["title"], scenarios[name]["unit"]) for name in columns]
     rows = []
-    for label in EVERY:
+    for label in dict.fromkeys(label for name in columns for label in scenarios[name]["rows"]):
         found = [scenarios[name]["rows"].get(label) for name in columns]
         if any(found):
             rows.append([label] + [number(row.get("median")) if row else "" for row in found])
@@ -641,10 +640,11 @@ def by_task(scenarios: dict[str, dict]) -> str:
     for name, scenario in scenarios.items():
         for target in scenario["targets"]:
             row, beside = (scenario["rows"].get(target[key], {}) for key in ("row", "beside"))
-            if target["how"] == "x" and "median" in row and "median" in beside and name != "get":
+            if target["how"] != "<=" and "median" in row and "median" in beside and name != "get":
                 title = "%s, %s" % (scenario["title"], scenario["unit"] or target["row"].split(", ")[-1])
-                rows.append([title, target["beside"], number(row["median"]), number(beside["median"]),
-                             "%.2f" % target["figure"]])
+                kind = ", %s" % target["row"].split(", ")[-1] if target["how"] == "+" else ""
+                rows.append([title + kind, target["beside"], number(row["median"]), number(beside["median"]),
+                             "%.2f" % (row["median"] / beside["median"])])
     return table(["task", "the other", "httpd.py", "the other", "ratio"], rows)
 
 
@@ -666,8 +666,9 @@ def write_readme(result: dict) -> None:
     scenarios = result["scenarios"]
     parts = ["Measured on %s: medians of %d rounds of %g seconds." % (
         described(result), result["rounds"], result["seconds"])]
-    parts.append(by_server(scenarios))
+    parts.append(by_server(scenarios, ["get", "new-url", "never-seen", "new-connection", "idle"]))
     parts.append("![CPU time for each request, of all servers](.ci/bench.svg)")
+    parts.append(by_server(scenarios, ["flask", "django", "bottle"]))
     parts.append(by_task(scenarios))
     if "latency" in scenarios:
         parts.append("Milliseconds of an ordinary client, which sends %d requests a second:" % RATE)

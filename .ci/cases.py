@@ -951,7 +951,7 @@ def cost_of_a_byte(server: Running, begin: bytes, unit: bytes, size: int) -> flo
 def batch():
     kind = "Content-Type: application/json\r\n"
     call = {"jsonrpc": "2.0", "id": 1, "method": "which"}
-    with Running(receive_buf_size=16384) as server:
+    with Running(receive_buf_size=16384, allowed_hosts="*") as server:
         calls = json.dumps([call] * 100).encode()
         status, content = ask(server.port, post("/mi", calls, kind))
         number = len(json.loads(content)) if status == 200 else 0

@@ -8212,6 +8212,9 @@ class Process:
         if self.successor is not None:
             log.error("no restart: one is under way")
             return -1
+        if self.stops or self.server.bind()[0].sock.fileno() < 0:
+            log.error("no restart: this process is ending")
+            return -1
         import subprocess                       # 9 ms, and only a restart needs it
         reading, writing = os.pipe()
         ready, *sockets = copies = self.copies(writing)
@@ -8236,6 +8239,13 @@ class Process:
             status = self.end_of_successor().wait()
             log.error("no restart: the new process has ended with %d: this one goes on", status)
         return bool(said)
+
+    def begin_stop(self) -> None:
+        """A signal wants that all ends: a restart that is under way too."""
+        self.notify("STOPPING=1")
+        self.stops += 1
+        if self.successor is not None:
+            self.successor.terminate()
 
     def end_of_successor(self) -> subprocess.Popen[bytes]:
         """It has ended, or is no longer this one's."""
@@ -8296,9 +8306,8 @@ class Alone(Process):
             elif number == signal.SIGUSR2:
                 self.restart()
             else:
-                self.notify("STOPPING=1")
                 self.server.stop(0 if self.stops else None, wait=False)
-                self.stops += 1
+                self.begin_stop()
 
     def restart(self) -> None:
         if os.getpid() == 1:
@@ -8478,7 +8487,7 @@ class Parent(Process):
         """What a signal wants."""
         if number in (signal.SIGTERM, signal.SIGINT):
             self.end()
-            self.stops += 1
+            self.begin_stop()
         elif number == signal.SIGHUP and self.reload():     # a mistake is for nobody else
             self.to_reload = self.workers[:]
         elif number == signal.SIGUSR2 and os.getpid() == 1:
@@ -8488,7 +8497,6 @@ class Parent(Process):
 
     def end(self, replaced: bool = False) -> None:
         """Have the workers end. `replaced`: a successor serves."""
-        self.notify("STOPPING=1")
         seconds = self.server.params.grace_timeout + 2
         if replaced:
             seconds += KEPT_TIME

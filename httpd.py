@@ -5509,7 +5509,7 @@ class Pool:
 class Command(NamedTuple):
     """An MI command."""
     function: Callable[..., Any]
-    threads: bool                       # it wants a thread of the pool
+    threads: bool = False               # it wants a thread of the pool
 
 
 class Asker(Protocol):
@@ -5968,15 +5968,15 @@ def load_mi_http(parameters: dict[str, Any]) -> None:
 BUILT_IN["mi_http"] = load_mi_http
 # register_mi() would import inspect, 4 ms of every program's start.
 mi_commands.update({
-    "httpd_list_root_path": Command(mi_list_root_path, False),
-    "httpd:list_root_path": Command(mi_list_root_path, False),
-    "which": Command(mi_which, False),
-    "get_statistics": Command(mi_get_statistics, False),
-    "list_statistics": Command(mi_list_statistics, False),
-    "reset_statistics": Command(mi_reset_statistics, False),
-    "version": Command(lambda: {"Server": "httpd.py " + __version__}, False),
-    "uptime": Command(mi_uptime, False),
-    "ps": Command(mi_ps, False)})
+    "httpd_list_root_path": Command(mi_list_root_path),
+    "httpd:list_root_path": Command(mi_list_root_path),
+    "which": Command(mi_which),
+    "get_statistics": Command(mi_get_statistics),
+    "list_statistics": Command(mi_list_statistics),
+    "reset_statistics": Command(mi_reset_statistics),
+    "version": Command(lambda: {"Server": "httpd.py " + __version__}),
+    "uptime": Command(mi_uptime),
+    "ps": Command(mi_ps)})
 
 
 # ------------------------------------------------------------------------------------------ mi_fifo
@@ -6581,9 +6581,8 @@ def show_processes(name: str, kind: str, help: str, read: Callable[[int], float]
                    join: Callable[[Iterable[float]], float] = sum) -> None:
     """A number of the process. Of workers the sum: which of them answers makes no difference."""
     def lines(snapshot: Snapshot) -> Iterable[str]:
-        pids = [row[PROCESS] for row in snapshot.server.counters.rows if row[PROCESS]]
         numbers = []
-        for pid in pids or [os.getpid()]:
+        for pid in process_ids(snapshot.server):
             with suppress(OSError):             # it has just ended
                 numbers.append(read(pid))
         yield sample(name, (), (), join(numbers))

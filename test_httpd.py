@@ -10110,7 +10110,7 @@ def test_the_style_of_the_file():
 
     assert len(lines) <= 8850
     assert max(map(len, lines)) <= 100
-    assert sum(tokens.values()) <= 55200
+    assert sum(tokens.values()) <= 55300
     assert sum(tokens.values()) / len(tokens) <= 8.8
     assert sum(count > 25 for count in tokens.values()) / len(tokens) <= 0.005
     assert branches(tree) / len(tokens) <= 0.29

@@ -39,27 +39,15 @@ from typing import Any
 from typing import Callable
 from typing import NamedTuple
 
-from peers import C_PROGRAMS
-from peers import COMMON
-from peers import NGINX
-from peers import NODE
-from peers import OURS
-from peers import PROGRAMS
+from peers import CALL, COMMON, C_PROGRAMS, DONE, NGINX, NODE, OURS, PROGRAMS, SCRIPTS
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "httpd-bench"
 VENV = CACHE / ("python%d.%d" % sys.version_info[:2])
 CORES = sorted(os.sched_getaffinity(0))
 MIB = 2**20
-CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
 ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
           '{"http_root":"hello","module":"bench"}],"id":1}')
-BROWSER = {
-    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
-    "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
-    "Accept-Language": "en-US,en;q=0.5", "Accept-Encoding": "gzip, deflate, br, zstd", "DNT": "1",
-    "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none",
-    "Priority": "u=0, i"}                                               # Host makes ten
 RATE = 1000                 # requests a second when latency is measured
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 PAUSE = 300_000             # nanoseconds: later than that, the load generator itself has paused
@@ -186,33 +174,6 @@ class Server:
 
 # -------------------------------------------------------------------------------------------- The loads
 # A load takes a server and seconds. It returns the value that is measured, or a dict of several by name.
-
-DONE = """
-done = function(all)
-    local e = all.errors
-    print("RESULT", all.requests, all.bytes, e.connect + e.read + e.write + e.status + e.timeout)
-end
-"""
-NEW_URL = """
-local run, number, fields = "", 0, {LIST}
-init = function(arguments) run = arguments[1] end
-request = function()
-    number = number + 1
-    NEVER_SEEN
-    return wrk.format("GET", "/hello?n=" .. run .. number, fields)
-end
-""".replace("LIST", ", ".join('["%s"] = "%s"' % field for field in BROWSER.items()))
-POST = 'wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", %s, "%s"\n'
-SCRIPTS = {
-    "get": "",
-    "new-url": NEW_URL.replace("NEVER_SEEN", ""),
-    "never-seen": NEW_URL.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
-    "pipelined": "local all\ninit = function() all = string.rep(wrk.format('GET'), 16) end\n"
-                 "request = function() return all end",
-    "new-connection": 'wrk.headers["Connection"] = "close"',
-    "post-400": POST % ("string.rep('x', 400)", "application/octet-stream"),
-    "post-64k": POST % ("string.rep('x', 65536)", "application/octet-stream"),
-    "mi": POST % ("[[%s]]" % CALL, "application/json") + "wrk.path = '/mi'"}
 
 
 def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> subprocess.Popen:
@@ -682,11 +643,9 @@ def write_readme(result: dict) -> None:
 
 # -------------------------------------------------------------------------------- Installation and main
 
-PACKAGES = {
-    "bjoern": ["bjoern"], "granian-wsgi": ["granian"], "granian-asgi": ["granian", "uvloop"],
-    "uvicorn": ["uvicorn", "httptools", "uvloop"], "aiohttp": ["aiohttp", "uvloop"], "waitress": ["waitress"],
-    "cheroot": ["cheroot"], "gunicorn-sync": ["gunicorn"], "gunicorn-gthread": ["gunicorn"],
-    "flask": ["flask"], "django": ["django"], "bottle": ["bottle"]}
+PACKAGES = ["aiohttp", "bjoern", "bottle", "cheroot", "django", "flask", "granian", "gunicorn", "httptools",
+            "uvicorn", "uvloop", "waitress"]
+PIP = [VENV / "bin/python", "-m", "pip", "--disable-pip-version-check"]
 DEBIAN = {          # package -> what shows that it is there
     "wrk": "wrk", "nginx-light": "nginx", "nodejs": "node", "gcc": "cc", "openssl": "openssl",
     "libev-dev": "/usr/include/ev.h", "libmicrohttpd-dev": "/usr/include/microhttpd.h",
@@ -704,59 +663,49 @@ def output(*command: Any, **options: Any) -> str:
     return done.stdout.strip()
 
 
-def install_debian() -> dict[str, str]:
-    """What is left out, and why."""
-    missing = [package for package, sign in DEBIAN.items()
-               if not shutil.which(sign) and not os.path.exists(sign)]
-    left_out = {}
-    if missing:
-        # With this runlevel no service is started.
-        options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
-        with contextlib.suppress(Failed):
-            output("apt-get", "update", **options)
-        for package in missing:
-            try:
-                output("apt-get", "install", "-y", "--no-install-recommends", package, **options)
-            except Failed as error:
-                left_out[DEBIAN[package]] = str(error)
-    return left_out
+def attempt(left_out: dict[str, str], name: str, *command: Any, **options: Any) -> None:
+    """Run it; why it fails is why `name` is left out."""
+    try:
+        output(*command, **options)
+    except Failed as error:
+        left_out[name] = str(error)
 
 
 def install() -> dict[str, str]:
     """The peers, and why some of them are left out."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    left_out = install_debian()
+    left_out: dict[str, str] = {}
+    # With this runlevel no service is started.
+    options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
+    missing = {package: sign for package, sign in DEBIAN.items()
+               if not shutil.which(sign) and not os.path.exists(sign)}
+    if missing:
+        attempt({}, "", "apt-get", "update", **options)
+    for package, sign in missing.items():
+        attempt(left_out, sign, "apt-get", "install", "-y", "--no-install-recommends", package, **options)
     CACHE.mkdir(parents=True, exist_ok=True)
     if not VENV.exists():
         output(sys.executable, "-m", "venv", VENV)
-    there = packages()
-    pip = [VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    for name, wanted in PACKAGES.items():
-        try:
-            for package in set(wanted) - set(there):
-                output(*pip, package)
-        except Failed as error:
-            left_out[name] = str(error)
-    for name, (source, options) in C_PROGRAMS.items():
-        (CACHE / ("%s.c" % name)).write_text(source)
-        try:
-            output("cc", "-O2", "-w", "-o", CACHE / name, CACHE / ("%s.c" % name), *options.split())
-        except Failed as error:
-            left_out[name] = str(error)
+    for package in sorted(set(PACKAGES) - set(packages())):
+        attempt(left_out, package, *PIP, "install", "-q", package)
+    for name, (source, flags) in C_PROGRAMS.items():
+        path = CACHE / name
+        path.with_suffix(".c").write_text(source)
+        attempt(left_out, name, "cc", "-O2", "-w", "-o", path, path.with_suffix(".c"), *flags.split())
     return left_out
 
 
 def packages() -> dict[str, str]:
     """Those of the environment, with their versions."""
-    said = output(VENV / "bin/python", "-m", "pip", "list", "--format=json", "--disable-pip-version-check")
-    return {package["name"].lower(): package["version"] for package in json.loads(said)}
+    found = json.loads(output(*PIP, "list", "--format=json"))
+    return {package["name"].lower(): package["version"] for package in found}
 
 
 def machine() -> dict[str, Any]:
     cpu = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = {"Python": "%d.%d.%d" % sys.version_info[:3]}
     there = packages()
-    versions.update((name, there[name]) for name in sorted(set(sum(PACKAGES.values(), []))) if name in there)
+    versions.update((name, there[name]) for name in PACKAGES if name in there)
     for program, option in [("nginx", "-v"), ("node", "-v")]:
         with contextlib.suppress(Failed):
             versions[program] = re.findall("[0-9]+(?:[.][0-9]+)+", output(program, option))[0]

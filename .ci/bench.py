@@ -191,7 +191,7 @@ def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> s
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def wrk(server: Server, seconds: float, script: str = "get", connections: int = 64) -> float:
+def wrk(server: Server, seconds: float, script: str, connections: int = 64) -> float:
     """CPU time per request, or per MiB of large content, under as much load as one thread gives."""
     before = server.cpu()
     with start_wrk(server, script, connections) as process:
@@ -211,6 +211,9 @@ def wrk(server: Server, seconds: float, script: str = "get", connections: int = 
     if len(server.body) >= MIB:
         return spent / (size / MIB)                             # half a response counts, too
     return spent / requests
+
+
+per_mib = functools.partial(wrk, connections=8)
 
 
 def open_connections(server: Server, number: int) -> list[socket.socket]:
@@ -250,7 +253,7 @@ def crowd(server: Server, number: int):
         time.sleep(0.5)             # what the server has to do then is not of the next load
 
 
-def idle_memory(server: Server, seconds: float) -> float:
+def idle_memory(server: Server, seconds: float, script: str) -> float:
     """Bytes for each connection that waits for its next request."""
     for _ in range(100):
         server.check()
@@ -259,13 +262,13 @@ def idle_memory(server: Server, seconds: float) -> float:
         return (server.memory() - before) / 5000
 
 
-def beside_idle(server: Server, seconds: float) -> dict[str, float]:
-    alone = wrk(server, seconds)
+def beside_idle(server: Server, seconds: float, script: str) -> dict[str, float]:
+    alone = wrk(server, seconds, script)
     with crowd(server, 10000):
-        return {"64 connections": alone, "beside 10,000 idle": wrk(server, seconds)}
+        return {"64 connections": alone, "beside 10,000 idle": wrk(server, seconds, script)}
 
 
-def start_cost(server: Server, seconds: float) -> dict[str, float]:
+def start_cost(server: Server, seconds: float, script: str) -> dict[str, float]:
     """The CPU time of an import in a new process, and the memory of a server that has had one request."""
     module = server.name.replace(OURS, "httpd")
     program = "import time; a = time.process_time_ns(); import %s; print(time.process_time_ns() - a)"
@@ -320,7 +323,7 @@ def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float
     return result
 
 
-def latency(server: Server, seconds: float) -> dict[str, float]:
+def latency(server: Server, seconds: float, script: str) -> dict[str, float]:
     with crowd(server, 5000):
         result = percentiles(server, 2 * seconds, "5,000 idle")
     with start_wrk(server, "pipelined", 300, nice=19) as process:
@@ -344,10 +347,11 @@ class Target(NamedTuple):
 
 class Scenario(NamedTuple):
     title: str
-    unit: str
-    load: Callable[..., Any]
     servers: dict[str, dict]    # label -> arguments of Server
     targets: list[Target]
+    script: str = "get"
+    load: Callable[..., Any] = wrk
+    unit: str = "us"
     once: bool = False          # what has been freed would be used again: only a new server tells
 
 
@@ -359,96 +363,82 @@ def ours(**variants: dict) -> dict[str, dict]:
     return {"%s, %s" % (OURS, label): {"name": OURS, **settings} for label, settings in variants.items()}
 
 
-def limits(*pairs: tuple[str, float]) -> list[Target]:
-    return [Target(limit, OURS, peer) for peer, limit in pairs]
+def limits(**peers: float) -> list[Target]:
+    return [Target(limit, OURS, peer.replace("_", "-")) for peer, limit in peers.items()]
 
 
-def of_wrk(title: str, script: str, servers: dict[str, dict], targets: list[Target], connections: int = 64,
-           unit: str = "us") -> Scenario:
-    load = functools.partial(wrk, script=script, connections=connections)
-    return Scenario(title, unit, load, servers, targets)
-
-
-def framework(name: str) -> Scenario:
-    peers = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
-                  app=name)
-    servers = {**plain(OURS, app=name), **ours(**{"threads=0": {"app": name, "threads": 0}}), **peers}
-    targets = limits(("waitress", 0.5)) if name == "flask" else []
-    return of_wrk("the hello of %s, 4 threads" % name.capitalize(), "get", servers, targets)
-
-
-def on_bjoern(title: str, script: str, limit: float, app: str) -> Scenario:
-    """A WSGI application in the thread of the server."""
-    servers = plain(OURS, "bjoern", app=app, threads=0)
-    return of_wrk("WSGI, threads=0: " + title, script, servers, limits(("bjoern", limit)))
-
-
-def posting(title: str, script: str) -> Scenario:
-    settings = {"app": "posted", "receive_buf_size": 2**17, "memory_budget": 64 * MIB}
-    servers = {**plain(OURS, **settings), **plain("bjoern", app="uploaded")}
-    return of_wrk(title, script, servers, limits(("bjoern", 1.05)))
+def framework(name: str, **peers: float) -> Scenario:
+    inline = {OURS + ", threads=0": {"name": OURS, "app": name, "threads": 0}}
+    others = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
+                   app=name)
+    servers = {**plain(OURS, app=name), **inline, **others}
+    return Scenario("the hello of %s, 4 threads" % name.capitalize(), servers, limits(**peers))
 
 
 EVERY = [OURS, "libmicrohttpd", "nginx", "bjoern", "granian-wsgi", "granian-asgi", "node", "uvicorn",
          "aiohttp", "http.server"]
+EQUAL = [Target(1.0, OURS, name) for name in EVERY[2:]]
+ALL = plain(*EVERY)
 LARGE = {"body": "x" * MIB, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}
-AHEAD = [(name, 1.0) for name in EVERY[2:]]
+STREAM = {"app": "stream", "body": "x" * 64 * MIB}
+POSTED = {**plain(OURS, app="posted", receive_buf_size=2**17, memory_budget=64 * MIB),
+          **plain("bjoern", app="uploaded")}
+LISTED = plain(OURS, "bjoern", app="listed", threads=0)     # an application in the thread of the server
+GENERATED = plain(OURS, "bjoern", app="generated", threads=0)
+UPLOADED = plain(OURS, "bjoern", app="uploaded", threads=0)
+THREADED = plain(OURS, "waitress", app="listed")
+SECURE = plain(OURS, "nginx", tls=True)
+JSON_LOG = {"access_log": "access.log", "access_log_format": "json"}
 SCENARIOS = {
-    "get": of_wrk("the same GET repeated", "get", plain(*EVERY), limits(("libmicrohttpd", 1.25), *AHEAD)),
-    "new-url": of_wrk("a new URL each, 10 fields of a browser", "new-url", plain(*EVERY),
-                      limits(("bjoern", 1.05), ("uvicorn", 0.5))),
-    "never-seen": of_wrk("the same, and a never-seen field each", "never-seen", plain(*EVERY),
-                         limits(("uvicorn", 0.65), ("node", 1.0))),
-    "pipelined": of_wrk("pipelined by 16", "pipelined", plain(OURS, "nginx", "node", "uvicorn"),
-                        limits(("nginx", 0.6))),
-    "new-connection": of_wrk("a new connection for each request", "new-connection", plain(*EVERY),
-                             limits(("nginx", 1.1))),
-    "post-400": posting("POST of 400 bytes", "post-400"),
-    "post-64k": posting("POST of 64 KiB", "post-64k"),
-    "mi": of_wrk("JSON-RPC by POST to /mi", "mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
-                 limits(("mi-in-C", 1.5))),
-    "wsgi-list": on_bjoern("a list", "get", 1.8, "listed"),
-    "wsgi-generator": on_bjoern("a generator", "get", 2.5, "generated"),
-    "wsgi-400": on_bjoern("upload of 400 bytes", "post-400", 2.0, "uploaded"),
-    "wsgi-64k": on_bjoern("upload of 64 KiB", "post-64k", 1.3, "uploaded"),
-    "wsgi-threads": of_wrk("WSGI, threads=4: 64 connections", "get", plain(OURS, "waitress", app="listed"),
-                           limits(("waitress", 0.3))),
-    "wsgi-one": of_wrk("WSGI, threads=4: one connection", "get", plain(OURS, "waitress", app="listed"),
-                       limits(("waitress", 0.9)), connections=1),
-    "flask": framework("flask"),
+    "get": Scenario("the same GET repeated", ALL, limits(libmicrohttpd=1.25) + EQUAL),
+    "new-url": Scenario("a new URL each, 10 fields of a browser", ALL, limits(bjoern=1.05, uvicorn=0.5),
+                        "new-url"),
+    "never-seen": Scenario("the same, and a never-seen field each", ALL, limits(uvicorn=0.65, node=1.0),
+                           "never-seen"),
+    "pipelined": Scenario("pipelined by 16", plain(OURS, "nginx", "node", "uvicorn"), limits(nginx=0.6),
+                          "pipelined"),
+    "new-connection": Scenario("a new connection for each request", ALL, limits(nginx=1.1), "new-connection"),
+    "post-400": Scenario("POST of 400 bytes", POSTED, limits(bjoern=1.05), "post-400"),
+    "post-64k": Scenario("POST of 64 KiB", POSTED, limits(bjoern=1.05), "post-64k"),
+    "mi": Scenario("JSON-RPC by POST to /mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
+                   limits(mi_in_C=1.5), "mi"),
+    "wsgi-list": Scenario("WSGI, threads=0: a list", LISTED, limits(bjoern=1.8)),
+    "wsgi-generator": Scenario("WSGI, threads=0: a generator", GENERATED, limits(bjoern=2.5)),
+    "wsgi-400": Scenario("WSGI, threads=0: upload of 400 bytes", UPLOADED, limits(bjoern=2.0), "post-400"),
+    "wsgi-64k": Scenario("WSGI, threads=0: upload of 64 KiB", UPLOADED, limits(bjoern=1.3), "post-64k"),
+    "wsgi-threads": Scenario("WSGI, threads=4: 64 connections", THREADED, limits(waitress=0.3)),
+    "wsgi-one": Scenario("WSGI, threads=4: one connection", THREADED, limits(waitress=0.9),
+                         load=functools.partial(wrk, connections=1)),
+    "flask": framework("flask", waitress=0.5),
     "django": framework("django"),
     "bottle": framework("bottle"),
-    "tls": of_wrk("TLS 1.3, P-256, kept alive", "get", plain(OURS, "nginx", tls=True),
-                  limits(("nginx", 1.15))),
-    "handshake": of_wrk("TLS 1.3, P-256, a full handshake with X25519 each", "new-connection",
-                        plain(OURS, "nginx", tls=True), limits(("nginx", 1.15))),
-    "large": of_wrk("1 MiB from the page", "get", plain(OURS, "nginx", **LARGE), limits(("nginx", 1.2)),
-                    connections=8, unit="us/MiB"),
-    "stream": of_wrk("64 MiB streamed", "get", plain(OURS, "nginx", app="stream", body="x" * 64 * MIB),
-                     limits(("nginx", 1.0)), connections=8, unit="us/MiB"),
-    "idle": Scenario("an idle connection", "bytes", idle_memory, plain(*EVERY),
-                     [Target(1000, OURS, how="<=")], once=True),
-    "beside-idle": Scenario(
-        "64 connections beside 10,000 idle ones", "us", beside_idle, plain(OURS),
-        [Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")]),
-    "log": of_wrk(
-        "access log", "get",
-        ours(off={}, combined={"access_log": "access.log"},
-             json={"access_log": "access.log", "access_log_format": "json"}),
-        [Target(2, "httpd.py, %s" % name, "httpd.py, off", "+") for name in ("combined", "json")]),
-    "metrics": of_wrk("metrics", "get", ours(off={}, on={"modules": ("prometheus",)}),
-                      [Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
-    "workers": of_wrk("workers on one core", "get", ours(one={}, two={"workers": 2}),
-                      [Target(1.05, "httpd.py, two", "httpd.py, one")]),
-    "roots": of_wrk("roots", "get", ours(**{"1": {}, "10,000": {"roots": 10000}}),
-                    [Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
-    "start": Scenario(
-        "import and an idle server", "", start_cost, plain(OURS, "http.server"),
-        [Target(1.0, OURS + ": import, ms", "http.server: import, ms"),
-         Target(22, OURS + ": idle, MB", how="<=")]),
+    "tls": Scenario("TLS 1.3, P-256, kept alive", SECURE, limits(nginx=1.15)),
+    "handshake": Scenario("TLS 1.3, P-256, a full handshake with X25519 each", SECURE, limits(nginx=1.15),
+                          "new-connection"),
+    "large": Scenario("1 MiB from the page", plain(OURS, "nginx", **LARGE), limits(nginx=1.2),
+                      load=per_mib, unit="us/MiB"),
+    "stream": Scenario("64 MiB streamed", plain(OURS, "nginx", **STREAM), limits(nginx=1.0),
+                       load=per_mib, unit="us/MiB"),
+    "idle": Scenario("an idle connection", ALL, [Target(1000, OURS, how="<=")],
+                     load=idle_memory, unit="bytes", once=True),
+    "beside-idle": Scenario("64 connections beside 10,000 idle ones", plain(OURS), [
+        Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")], load=beside_idle),
+    "log": Scenario("access log", ours(off={}, combined={"access_log": "access.log"}, json=JSON_LOG), [
+        Target(2, "httpd.py, combined", "httpd.py, off", "+"),
+        Target(2, "httpd.py, json", "httpd.py, off", "+")]),
+    "metrics": Scenario("metrics", ours(off={}, on={"modules": ("prometheus",)}), [
+        Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
+    "workers": Scenario("workers on one core", ours(one={}, two={"workers": 2}), [
+        Target(1.05, "httpd.py, two", "httpd.py, one")]),
+    "roots": Scenario("roots", ours(**{"1": {}, "10,000": {"roots": 10000}}), [
+        Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
+    "start": Scenario("import and an idle server", plain(OURS, "http.server"), [
+        Target(1.0, "httpd.py: import, ms", "http.server: import, ms"),
+        Target(22, "httpd.py: idle, MB", how="<=")], load=start_cost, unit=""),
     "latency": Scenario(
-        "latency of an ordinary client at %d/s, beside others" % RATE, "ms", latency, plain(OURS, "nginx"),
-        [Target(20, "%s: %s, p99" % (OURS, who), how="<=") for who in ("300 pipelining", "5,000 hang up")])}
+        "latency of an ordinary client at %d/s, beside others" % RATE, plain(OURS, "nginx"), [
+            Target(20, "httpd.py: 300 pipelining, p99", how="<="),
+            Target(20, "httpd.py: 5,000 hang up, p99", how="<=")], load=latency, unit="ms")}
 
 
 @contextlib.contextmanager
@@ -484,7 +474,7 @@ def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
                     row["samples"].clear()
             for label, server in servers.items():
                 try:
-                    result = scenario.load(server, seconds)
+                    result = scenario.load(server, seconds, scenario.script)
                 except (Failed, OSError, http.client.HTTPException) as error:
                     rows.setdefault(label, {"samples": []})["failed"] = str(error)
                     continue
@@ -503,13 +493,14 @@ def reached(target: Target, rows: dict[str, dict]) -> dict[str, Any]:
     """The target with the figure beside it, which is None if a row is missing or has failed."""
     figure = rows.get(target.row, {}).get("median")
     beside = rows.get(target.beside, {}).get("median")
-    if target.how == "<=":
-        return {**target._asdict(), "figure": figure}
-    if figure is None or not beside:
-        return {**target._asdict(), "figure": None}
-    if target.how == "+":
-        return {**target._asdict(), "figure": figure - beside}
-    return {**target._asdict(), "figure": figure / beside}
+    if target.how != "<=":
+        if figure is None or not beside:
+            figure = None
+        elif target.how == "+":
+            figure -= beside
+        else:
+            figure /= beside
+    return {**target._asdict(), "figure": figure}
 
 
 def show(name: str, result: dict) -> None:

@@ -15,6 +15,7 @@ nothing is logged. It needs Linux. The peers go into a virtual environment in th
 and what Debian has comes from apt-get if this is root. What cannot be had is named and left out.
 """
 import argparse
+import collections
 import contextlib
 import functools
 import gc
@@ -29,6 +30,7 @@ import signal
 import socket
 import ssl
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -39,15 +41,14 @@ from typing import Any
 from typing import Callable
 from typing import NamedTuple
 
-from peers import CALL, COMMON, C_PROGRAMS, DONE, NGINX, NODE, OURS, PROGRAMS, SCRIPTS
+from peers import ANSWER, CALL, COMMON, C_PROGRAMS, DONE, NGINX, NODE, OURS, PROGRAMS, SCRIPTS
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "httpd-bench"
 VENV = CACHE / ("python%d.%d" % sys.version_info[:2])
 CORES = sorted(os.sched_getaffinity(0))
 MIB = 2**20
-ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
-          '{"http_root":"hello","module":"bench"}],"id":1}')
+GET = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n"
 RATE = 1000                 # requests a second when latency is measured
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 PAUSE = 300_000             # nanoseconds: later than that, the load generator itself has paused
@@ -59,6 +60,9 @@ PORTS = iter(range(20000 + os.getpid() % 5000, 32000))         # below those tha
 
 class Failed(Exception):
     """A server, a load or an installation that did not work; its text says why."""
+
+
+FAULTS = (Failed, OSError, http.client.HTTPException)
 
 
 class Server:
@@ -102,15 +106,12 @@ class Server:
         return [VENV / "bin/python", self.folder / "serve.py"]
 
     def nginx(self, content: Path) -> str:
-        values = {"FOLDER": str(self.folder), "PORT": str(self.port), "TYPE": self.type, "TLS": "",
-                  "USER": "", "CONTENT": "alias %s" % content}
+        what = "alias %s" % content
         if len(self.body) < 100:
-            values["CONTENT"] = "return 200 %s" % json.dumps(self.body.decode())
-        if self.tls:
-            values["TLS"] = "ssl"
-        if os.geteuid() == 0:
-            values["USER"] = "user root;"
-        return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word[0]], NGINX)
+            what = "return 200 %s" % json.dumps(self.body.decode())
+        listen = "%d ssl" % self.port if self.tls else str(self.port)
+        return string.Template(NGINX).substitute(
+            folder=self.folder, listen=listen, type=self.type, content=what)
 
     def wait(self) -> None:
         """Wait until it answers, as it should."""
@@ -124,24 +125,22 @@ class Server:
         raise Failed("it does not start: %s" % " ".join(lines[-3:]).strip())
 
     def check(self) -> None:
-        if self.tls:
-            context = ssl._create_unverified_context()          # its certificate is of today
-            client: http.client.HTTPConnection = http.client.HTTPSConnection(
-                "127.0.0.1", self.port, timeout=10, context=context)
-        else:
-            client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        if self.tls:                                            # its certificate is of today
+            client = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=10, context=ssl._create_unverified_context())
+        expected = self.body
         with contextlib.closing(client):
             if self.mi:
+                expected = ANSWER.encode()
                 client.request("POST", "/mi", CALL, {"Content-Type": "application/json"})
             else:
                 client.request("GET", "/hello")
             response = client.getresponse()
-            content, kind = response.read(), response.getheader("Content-Type", "")
-        if response.status != 200 or kind.lower() != self.type or content != self.expected():
+            content = response.read()
+        kind = response.getheader("Content-Type", "")
+        if response.status != 200 or kind.lower() != self.type or content != expected:
             raise Failed("it answers something else: %d %s %r" % (response.status, kind, content[:100]))
-
-    def expected(self) -> bytes:
-        return ANSWER.encode() if self.mi else self.body
 
     def members(self) -> list[int]:
         """The processes of its group."""
@@ -166,10 +165,10 @@ class Server:
 
     def stop(self) -> None:
         """Ask, then insist."""
-        for number, seconds in [(signal.SIGTERM, 3), (signal.SIGKILL, 3)]:
+        for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
-                self.process.wait(seconds)
+                self.process.wait(3)
 
 
 # -------------------------------------------------------------------------------------------- The loads
@@ -178,17 +177,16 @@ class Server:
 
 def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> subprocess.Popen:
     """Its own timing knows whole seconds only; with SIGINT it ends at once and tells what there was."""
-    (server.folder / "wrk.lua").write_text(SCRIPTS[script] + DONE)
+    lua = server.folder / "wrk.lua"
+    lua.write_text(SCRIPTS[script] + DONE)
+    url = "http://127.0.0.1:%d/hello" % server.port
     environment = dict(os.environ)
-    scheme = "http"
     if server.tls:
+        url = url.replace("http", "https")
         environment["LD_PRELOAD"] = str(CACHE / "handshakes")
-        scheme = "https"
-    return subprocess.Popen(
-        ["nice", "-n", str(nice), "wrk", "-t1", "-c%d" % connections, "-d1h",
-         "-s", server.folder / "wrk.lua", "%s://127.0.0.1:%d/hello" % (scheme, server.port),
-         "--", "%x-" % time.time_ns()],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    options = ["-t1", "-c%d" % connections, "-d1h", "-s", lua, url, "--", "%x-" % time.time_ns()]
+    return subprocess.Popen(["nice", "-n", str(nice), "wrk", *options], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wrk(server: Server, seconds: float, script: str, connections: int = 64) -> float:
@@ -203,8 +201,7 @@ def wrk(server: Server, seconds: float, script: str, connections: int = 64) -> f
     if not found:
         raise Failed("wrk says: %s" % said[-100:])
     requests, size, errors = map(int, found.groups())
-    resumed = re.search("RESUMED [1-9]", said)
-    if resumed:
+    if re.search("RESUMED [1-9]", said):
         raise Failed("TLS sessions were resumed")
     if errors or not requests + size:
         raise Failed("%d requests, %d errors" % (requests, errors))
@@ -221,7 +218,7 @@ def open_connections(server: Server, number: int) -> list[socket.socket]:
     opened = []
     for _ in range(number):
         sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sock.sendall(GET)
         received = b""
         while not received.endswith(server.body):
             received += sock.recv(4096) or b"\r\n".join([b"", server.body])
@@ -302,7 +299,7 @@ def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]],
         while free and sent < total and begin + sent * 10**9 // RATE <= now:
             sock = free.pop()
             waiting[sock] = begin + sent * 10**9 // RATE
-            sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.sendall(GET)
             sent += 1
         if now - begin > (seconds + 20) * 1e9:
             raise Failed("%d of %d requests are not answered" % (total - len(answers), total))
@@ -312,11 +309,12 @@ def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]],
 def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float]:
     """Milliseconds without the generator's own pauses, and in the last row the 99th percentile with them."""
     answers, pauses = answer_times(server, seconds)
-    seen = sorted((done - due) / 1e6 for due, done in answers)
-    told = []
+    seen, told = [], []
     for due, done in answers:
         own = sum(max(0, min(done, end) - max(due, begin)) for begin, end in pauses)
+        seen.append((done - due) / 1e6)
         told.append((done - due - own) / 1e6)
+    seen.sort()
     told.sort()
     result = {"%s, %s" % (crowded, name): told[int(len(told) * part)] for name, part in PERCENTILES.items()}
     result[crowded + ", p99 with own pauses"] = seen[int(len(seen) * 0.99)]
@@ -452,7 +450,7 @@ def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
         for label, server in list(servers.items()):
             try:
                 server.wait()
-            except (Failed, OSError, http.client.HTTPException) as error:
+            except FAULTS as error:
                 left_out["%s, %s" % (label, scenario.title)] = str(error)
                 servers.pop(label).stop()
         yield servers
@@ -464,7 +462,7 @@ def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
 def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
          left_out: dict[str, str]) -> dict[str, dict]:
     """Rows by their labels. The servers take turns; the first round warms up."""
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict] = collections.defaultdict(lambda: {"samples": []})
     if scenario.once:
         rounds = 0
     with running(scenario, work, left_out) as servers:
@@ -475,18 +473,18 @@ def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
             for label, server in servers.items():
                 try:
                     result = scenario.load(server, seconds, scenario.script)
-                except (Failed, OSError, http.client.HTTPException) as error:
-                    rows.setdefault(label, {"samples": []})["failed"] = str(error)
+                except FAULTS as error:
+                    rows[label]["failed"] = str(error)
                     continue
                 if isinstance(result, float):
-                    result = {"": result}
+                    rows[label]["samples"].append(round(result, 4))
+                    continue
                 for name, value in result.items():
-                    full = ": ".join(filter(None, [label, name]))
-                    rows.setdefault(full, {"samples": []})["samples"].append(round(value, 4))
+                    rows["%s: %s" % (label, name)]["samples"].append(round(value, 4))
     for row in rows.values():
         if row["samples"] and "failed" not in row:
             row.update(median=statistics.median(row["samples"]), least=min(row["samples"]))
-    return rows
+    return dict(rows)
 
 
 def reached(target: Target, rows: dict[str, dict]) -> dict[str, Any]:

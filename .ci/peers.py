@@ -159,16 +159,16 @@ server.listen(settings.port, "127.0.0.1", 1024);
 """
 # A large response is a file in memory, without sendfile: read() copies it as flush_data_cb does.
 NGINX = """
-worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; USER
+worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; user root;
 events { worker_connections 20000; }
 http {
     access_log off; server_tokens off; keepalive_requests 1000000000; sendfile off;
-    default_type "TYPE";
+    default_type "$type";
     client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
     scgi_temp_path t5;
-    ssl_certificate FOLDER/../tls.crt; ssl_certificate_key FOLDER/../tls.key;
+    ssl_certificate $folder/../tls.crt; ssl_certificate_key $folder/../tls.key;
     ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;
-    server { listen 127.0.0.1:PORT backlog=1024 TLS; location /hello { CONTENT; } }
+    server { listen 127.0.0.1:$listen backlog=1024; location /hello { $content; } }
 }
 """
 # With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for
@@ -269,6 +269,8 @@ C_PROGRAMS = {
     "handshakes": (HANDSHAKES, "-shared -fPIC")}
 # What wrk sends. The name of a run, its first argument, makes the URLs of a run its own.
 CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
+ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
+          '{"http_root":"hello","module":"bench"}],"id":1}')
 BROWSER = {
     "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
     "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",

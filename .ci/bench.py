@@ -15,6 +15,7 @@ nothing is logged. It needs Linux. The peers go into a virtual environment in th
 and what Debian has comes from apt-get if this is root. What cannot be had is named and left out.
 """
 import argparse
+import collections
 import contextlib
 import functools
 import gc
@@ -29,6 +30,7 @@ import signal
 import socket
 import ssl
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -39,27 +41,14 @@ from typing import Any
 from typing import Callable
 from typing import NamedTuple
 
-from peers import C_PROGRAMS
-from peers import COMMON
-from peers import NGINX
-from peers import NODE
-from peers import OURS
-from peers import PROGRAMS
+from peers import ANSWER, CALL, COMMON, C_PROGRAMS, DONE, NGINX, NODE, OURS, PROGRAMS, SCRIPTS
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "httpd-bench"
 VENV = CACHE / ("python%d.%d" % sys.version_info[:2])
 CORES = sorted(os.sched_getaffinity(0))
 MIB = 2**20
-CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
-ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
-          '{"http_root":"hello","module":"bench"}],"id":1}')
-BROWSER = {
-    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
-    "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
-    "Accept-Language": "en-US,en;q=0.5", "Accept-Encoding": "gzip, deflate, br, zstd", "DNT": "1",
-    "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none",
-    "Priority": "u=0, i"}                                               # Host makes ten
+GET = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n"
 RATE = 1000                 # requests a second when latency is measured
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 PAUSE = 300_000             # nanoseconds: later than that, the load generator itself has paused
@@ -71,6 +60,9 @@ PORTS = iter(range(20000 + os.getpid() % 5000, 32000))         # below those tha
 
 class Failed(Exception):
     """A server, a load or an installation that did not work; its text says why."""
+
+
+FAULTS = (Failed, OSError, http.client.HTTPException)
 
 
 class Server:
@@ -114,15 +106,12 @@ class Server:
         return [VENV / "bin/python", self.folder / "serve.py"]
 
     def nginx(self, content: Path) -> str:
-        values = {"FOLDER": str(self.folder), "PORT": str(self.port), "TYPE": self.type, "TLS": "",
-                  "USER": "", "CONTENT": "alias %s" % content}
+        what = "alias %s" % content
         if len(self.body) < 100:
-            values["CONTENT"] = "return 200 %s" % json.dumps(self.body.decode())
-        if self.tls:
-            values["TLS"] = "ssl"
-        if os.geteuid() == 0:
-            values["USER"] = "user root;"
-        return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word[0]], NGINX)
+            what = "return 200 %s" % json.dumps(self.body.decode())
+        listen = "%d ssl" % self.port if self.tls else str(self.port)
+        return string.Template(NGINX).substitute(
+            folder=self.folder, listen=listen, type=self.type, content=what)
 
     def wait(self) -> None:
         """Wait until it answers, as it should."""
@@ -136,24 +125,22 @@ class Server:
         raise Failed("it does not start: %s" % " ".join(lines[-3:]).strip())
 
     def check(self) -> None:
-        if self.tls:
-            context = ssl._create_unverified_context()          # its certificate is of today
-            client: http.client.HTTPConnection = http.client.HTTPSConnection(
-                "127.0.0.1", self.port, timeout=10, context=context)
-        else:
-            client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        if self.tls:                                            # its certificate is of today
+            client = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=10, context=ssl._create_unverified_context())
+        expected = self.body
         with contextlib.closing(client):
             if self.mi:
+                expected = ANSWER.encode()
                 client.request("POST", "/mi", CALL, {"Content-Type": "application/json"})
             else:
                 client.request("GET", "/hello")
             response = client.getresponse()
-            content, kind = response.read(), response.getheader("Content-Type", "")
-        if response.status != 200 or kind.lower() != self.type or content != self.expected():
+            content = response.read()
+        kind = response.getheader("Content-Type", "")
+        if response.status != 200 or kind.lower() != self.type or content != expected:
             raise Failed("it answers something else: %d %s %r" % (response.status, kind, content[:100]))
-
-    def expected(self) -> bytes:
-        return ANSWER.encode() if self.mi else self.body
 
     def members(self) -> list[int]:
         """The processes of its group."""
@@ -178,59 +165,31 @@ class Server:
 
     def stop(self) -> None:
         """Ask, then insist."""
-        for number, seconds in [(signal.SIGTERM, 3), (signal.SIGKILL, 3)]:
+        for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
-                self.process.wait(seconds)
+                self.process.wait(3)
 
 
 # -------------------------------------------------------------------------------------------- The loads
 # A load takes a server and seconds. It returns the value that is measured, or a dict of several by name.
 
-DONE = """
-done = function(all)
-    local e = all.errors
-    print("RESULT", all.requests, all.bytes, e.connect + e.read + e.write + e.status + e.timeout)
-end
-"""
-NEW_URL = """
-local run, number, fields = "", 0, {LIST}
-init = function(arguments) run = arguments[1] end
-request = function()
-    number = number + 1
-    NEVER_SEEN
-    return wrk.format("GET", "/hello?n=" .. run .. number, fields)
-end
-""".replace("LIST", ", ".join('["%s"] = "%s"' % field for field in BROWSER.items()))
-POST = 'wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", %s, "%s"\n'
-SCRIPTS = {
-    "get": "",
-    "new-url": NEW_URL.replace("NEVER_SEEN", ""),
-    "never-seen": NEW_URL.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
-    "pipelined": "local all\ninit = function() all = string.rep(wrk.format('GET'), 16) end\n"
-                 "request = function() return all end",
-    "new-connection": 'wrk.headers["Connection"] = "close"',
-    "post-400": POST % ("string.rep('x', 400)", "application/octet-stream"),
-    "post-64k": POST % ("string.rep('x', 65536)", "application/octet-stream"),
-    "mi": POST % ("[[%s]]" % CALL, "application/json") + "wrk.path = '/mi'"}
-
 
 def start_wrk(server: Server, script: str, connections: int, nice: int = 0) -> subprocess.Popen:
     """Its own timing knows whole seconds only; with SIGINT it ends at once and tells what there was."""
-    (server.folder / "wrk.lua").write_text(SCRIPTS[script] + DONE)
+    lua = server.folder / "wrk.lua"
+    lua.write_text(SCRIPTS[script] + DONE)
+    url = "http://127.0.0.1:%d/hello" % server.port
     environment = dict(os.environ)
-    scheme = "http"
     if server.tls:
+        url = url.replace("http", "https")
         environment["LD_PRELOAD"] = str(CACHE / "handshakes")
-        scheme = "https"
-    return subprocess.Popen(
-        ["nice", "-n", str(nice), "wrk", "-t1", "-c%d" % connections, "-d1h",
-         "-s", server.folder / "wrk.lua", "%s://127.0.0.1:%d/hello" % (scheme, server.port),
-         "--", "%x-" % time.time_ns()],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    options = ["-t1", "-c%d" % connections, "-d1h", "-s", lua, url, "--", "%x-" % time.time_ns()]
+    return subprocess.Popen(["nice", "-n", str(nice), "wrk", *options], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def wrk(server: Server, seconds: float, script: str = "get", connections: int = 64) -> float:
+def wrk(server: Server, seconds: float, script: str, connections: int = 64) -> float:
     """CPU time per request, or per MiB of large content, under as much load as one thread gives."""
     before = server.cpu()
     with start_wrk(server, script, connections) as process:
@@ -242,8 +201,7 @@ def wrk(server: Server, seconds: float, script: str = "get", connections: int = 
     if not found:
         raise Failed("wrk says: %s" % said[-100:])
     requests, size, errors = map(int, found.groups())
-    resumed = re.search("RESUMED [1-9]", said)
-    if resumed:
+    if re.search("RESUMED [1-9]", said):
         raise Failed("TLS sessions were resumed")
     if errors or not requests + size:
         raise Failed("%d requests, %d errors" % (requests, errors))
@@ -252,12 +210,15 @@ def wrk(server: Server, seconds: float, script: str = "get", connections: int = 
     return spent / requests
 
 
+per_mib = functools.partial(wrk, connections=8)
+
+
 def open_connections(server: Server, number: int) -> list[socket.socket]:
     """Connections that have been used once each."""
     opened = []
     for _ in range(number):
         sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sock.sendall(GET)
         received = b""
         while not received.endswith(server.body):
             received += sock.recv(4096) or b"\r\n".join([b"", server.body])
@@ -289,7 +250,7 @@ def crowd(server: Server, number: int):
         time.sleep(0.5)             # what the server has to do then is not of the next load
 
 
-def idle_memory(server: Server, seconds: float) -> float:
+def idle_memory(server: Server, seconds: float, script: str) -> float:
     """Bytes for each connection that waits for its next request."""
     for _ in range(100):
         server.check()
@@ -298,13 +259,13 @@ def idle_memory(server: Server, seconds: float) -> float:
         return (server.memory() - before) / 5000
 
 
-def beside_idle(server: Server, seconds: float) -> dict[str, float]:
-    alone = wrk(server, seconds)
+def beside_idle(server: Server, seconds: float, script: str) -> dict[str, float]:
+    alone = wrk(server, seconds, script)
     with crowd(server, 10000):
-        return {"64 connections": alone, "beside 10,000 idle": wrk(server, seconds)}
+        return {"64 connections": alone, "beside 10,000 idle": wrk(server, seconds, script)}
 
 
-def start_cost(server: Server, seconds: float) -> dict[str, float]:
+def start_cost(server: Server, seconds: float, script: str) -> dict[str, float]:
     """The CPU time of an import in a new process, and the memory of a server that has had one request."""
     module = server.name.replace(OURS, "httpd")
     program = "import time; a = time.process_time_ns(); import %s; print(time.process_time_ns() - a)"
@@ -338,7 +299,7 @@ def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]],
         while free and sent < total and begin + sent * 10**9 // RATE <= now:
             sock = free.pop()
             waiting[sock] = begin + sent * 10**9 // RATE
-            sock.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.sendall(GET)
             sent += 1
         if now - begin > (seconds + 20) * 1e9:
             raise Failed("%d of %d requests are not answered" % (total - len(answers), total))
@@ -348,18 +309,19 @@ def answer_times(server: Server, seconds: float) -> tuple[list[tuple[int, int]],
 def percentiles(server: Server, seconds: float, crowded: str) -> dict[str, float]:
     """Milliseconds without the generator's own pauses, and in the last row the 99th percentile with them."""
     answers, pauses = answer_times(server, seconds)
-    seen = sorted((done - due) / 1e6 for due, done in answers)
-    told = []
+    seen, told = [], []
     for due, done in answers:
         own = sum(max(0, min(done, end) - max(due, begin)) for begin, end in pauses)
+        seen.append((done - due) / 1e6)
         told.append((done - due - own) / 1e6)
+    seen.sort()
     told.sort()
     result = {"%s, %s" % (crowded, name): told[int(len(told) * part)] for name, part in PERCENTILES.items()}
     result[crowded + ", p99 with own pauses"] = seen[int(len(seen) * 0.99)]
     return result
 
 
-def latency(server: Server, seconds: float) -> dict[str, float]:
+def latency(server: Server, seconds: float, script: str) -> dict[str, float]:
     with crowd(server, 5000):
         result = percentiles(server, 2 * seconds, "5,000 idle")
     with start_wrk(server, "pipelined", 300, nice=19) as process:
@@ -383,10 +345,11 @@ class Target(NamedTuple):
 
 class Scenario(NamedTuple):
     title: str
-    unit: str
-    load: Callable[..., Any]
     servers: dict[str, dict]    # label -> arguments of Server
     targets: list[Target]
+    script: str = "get"
+    load: Callable[..., Any] = wrk
+    unit: str = "us"
     once: bool = False          # what has been freed would be used again: only a new server tells
 
 
@@ -398,96 +361,82 @@ def ours(**variants: dict) -> dict[str, dict]:
     return {"%s, %s" % (OURS, label): {"name": OURS, **settings} for label, settings in variants.items()}
 
 
-def limits(*pairs: tuple[str, float]) -> list[Target]:
-    return [Target(limit, OURS, peer) for peer, limit in pairs]
+def limits(**peers: float) -> list[Target]:
+    return [Target(limit, OURS, peer.replace("_", "-")) for peer, limit in peers.items()]
 
 
-def of_wrk(title: str, script: str, servers: dict[str, dict], targets: list[Target], connections: int = 64,
-           unit: str = "us") -> Scenario:
-    load = functools.partial(wrk, script=script, connections=connections)
-    return Scenario(title, unit, load, servers, targets)
-
-
-def framework(name: str) -> Scenario:
-    peers = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
-                  app=name)
-    servers = {**plain(OURS, app=name), **ours(**{"threads=0": {"app": name, "threads": 0}}), **peers}
-    targets = limits(("waitress", 0.5)) if name == "flask" else []
-    return of_wrk("the hello of %s, 4 threads" % name.capitalize(), "get", servers, targets)
-
-
-def on_bjoern(title: str, script: str, limit: float, app: str) -> Scenario:
-    """A WSGI application in the thread of the server."""
-    servers = plain(OURS, "bjoern", app=app, threads=0)
-    return of_wrk("WSGI, threads=0: " + title, script, servers, limits(("bjoern", limit)))
-
-
-def posting(title: str, script: str) -> Scenario:
-    settings = {"app": "posted", "receive_buf_size": 2**17, "memory_budget": 64 * MIB}
-    servers = {**plain(OURS, **settings), **plain("bjoern", app="uploaded")}
-    return of_wrk(title, script, servers, limits(("bjoern", 1.05)))
+def framework(name: str, **peers: float) -> Scenario:
+    inline = {OURS + ", threads=0": {"name": OURS, "app": name, "threads": 0}}
+    others = plain("waitress", "gunicorn-sync", "gunicorn-gthread", "cheroot", "bjoern", "granian-wsgi",
+                   app=name)
+    servers = {**plain(OURS, app=name), **inline, **others}
+    return Scenario("the hello of %s, 4 threads" % name.capitalize(), servers, limits(**peers))
 
 
 EVERY = [OURS, "libmicrohttpd", "nginx", "bjoern", "granian-wsgi", "granian-asgi", "node", "uvicorn",
          "aiohttp", "http.server"]
+EQUAL = [Target(1.0, OURS, name) for name in EVERY[2:]]
+ALL = plain(*EVERY)
 LARGE = {"body": "x" * MIB, "buf_size": 2 * MIB, "memory_budget": 64 * MIB}
-AHEAD = [(name, 1.0) for name in EVERY[2:]]
+STREAM = {"app": "stream", "body": "x" * 64 * MIB}
+POSTED = {**plain(OURS, app="posted", receive_buf_size=2**17, memory_budget=64 * MIB),
+          **plain("bjoern", app="uploaded")}
+LISTED = plain(OURS, "bjoern", app="listed", threads=0)     # an application in the thread of the server
+GENERATED = plain(OURS, "bjoern", app="generated", threads=0)
+UPLOADED = plain(OURS, "bjoern", app="uploaded", threads=0)
+THREADED = plain(OURS, "waitress", app="listed")
+SECURE = plain(OURS, "nginx", tls=True)
+JSON_LOG = {"access_log": "access.log", "access_log_format": "json"}
 SCENARIOS = {
-    "get": of_wrk("the same GET repeated", "get", plain(*EVERY), limits(("libmicrohttpd", 1.25), *AHEAD)),
-    "new-url": of_wrk("a new URL each, 10 fields of a browser", "new-url", plain(*EVERY),
-                      limits(("bjoern", 1.05), ("uvicorn", 0.5))),
-    "never-seen": of_wrk("the same, and a never-seen field each", "never-seen", plain(*EVERY),
-                         limits(("uvicorn", 0.65), ("node", 1.0))),
-    "pipelined": of_wrk("pipelined by 16", "pipelined", plain(OURS, "nginx", "node", "uvicorn"),
-                        limits(("nginx", 0.6))),
-    "new-connection": of_wrk("a new connection for each request", "new-connection", plain(*EVERY),
-                             limits(("nginx", 1.1))),
-    "post-400": posting("POST of 400 bytes", "post-400"),
-    "post-64k": posting("POST of 64 KiB", "post-64k"),
-    "mi": of_wrk("JSON-RPC by POST to /mi", "mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
-                 limits(("mi-in-C", 1.5))),
-    "wsgi-list": on_bjoern("a list", "get", 1.8, "listed"),
-    "wsgi-generator": on_bjoern("a generator", "get", 2.5, "generated"),
-    "wsgi-400": on_bjoern("upload of 400 bytes", "post-400", 2.0, "uploaded"),
-    "wsgi-64k": on_bjoern("upload of 64 KiB", "post-64k", 1.3, "uploaded"),
-    "wsgi-threads": of_wrk("WSGI, threads=4: 64 connections", "get", plain(OURS, "waitress", app="listed"),
-                           limits(("waitress", 0.3))),
-    "wsgi-one": of_wrk("WSGI, threads=4: one connection", "get", plain(OURS, "waitress", app="listed"),
-                       limits(("waitress", 0.9)), connections=1),
-    "flask": framework("flask"),
+    "get": Scenario("the same GET repeated", ALL, limits(libmicrohttpd=1.25) + EQUAL),
+    "new-url": Scenario("a new URL each, 10 fields of a browser", ALL, limits(bjoern=1.05, uvicorn=0.5),
+                        "new-url"),
+    "never-seen": Scenario("the same, and a never-seen field each", ALL, limits(uvicorn=0.65, node=1.0),
+                           "never-seen"),
+    "pipelined": Scenario("pipelined by 16", plain(OURS, "nginx", "node", "uvicorn"), limits(nginx=0.6),
+                          "pipelined"),
+    "new-connection": Scenario("a new connection for each request", ALL, limits(nginx=1.1), "new-connection"),
+    "post-400": Scenario("POST of 400 bytes", POSTED, limits(bjoern=1.05), "post-400"),
+    "post-64k": Scenario("POST of 64 KiB", POSTED, limits(bjoern=1.05), "post-64k"),
+    "mi": Scenario("JSON-RPC by POST to /mi", plain(OURS, "mi-in-C", modules=("mi_http",)),
+                   limits(mi_in_C=1.5), "mi"),
+    "wsgi-list": Scenario("WSGI, threads=0: a list", LISTED, limits(bjoern=1.8)),
+    "wsgi-generator": Scenario("WSGI, threads=0: a generator", GENERATED, limits(bjoern=2.5)),
+    "wsgi-400": Scenario("WSGI, threads=0: upload of 400 bytes", UPLOADED, limits(bjoern=2.0), "post-400"),
+    "wsgi-64k": Scenario("WSGI, threads=0: upload of 64 KiB", UPLOADED, limits(bjoern=1.3), "post-64k"),
+    "wsgi-threads": Scenario("WSGI, threads=4: 64 connections", THREADED, limits(waitress=0.3)),
+    "wsgi-one": Scenario("WSGI, threads=4: one connection", THREADED, limits(waitress=0.9),
+                         load=functools.partial(wrk, connections=1)),
+    "flask": framework("flask", waitress=0.5),
     "django": framework("django"),
     "bottle": framework("bottle"),
-    "tls": of_wrk("TLS 1.3, P-256, kept alive", "get", plain(OURS, "nginx", tls=True),
-                  limits(("nginx", 1.15))),
-    "handshake": of_wrk("TLS 1.3, P-256, a full handshake with X25519 each", "new-connection",
-                        plain(OURS, "nginx", tls=True), limits(("nginx", 1.15))),
-    "large": of_wrk("1 MiB from the page", "get", plain(OURS, "nginx", **LARGE), limits(("nginx", 1.2)),
-                    connections=8, unit="us/MiB"),
-    "stream": of_wrk("64 MiB streamed", "get", plain(OURS, "nginx", app="stream", body="x" * 64 * MIB),
-                     limits(("nginx", 1.0)), connections=8, unit="us/MiB"),
-    "idle": Scenario("an idle connection", "bytes", idle_memory, plain(*EVERY),
-                     [Target(1000, OURS, how="<=")], once=True),
-    "beside-idle": Scenario(
-        "64 connections beside 10,000 idle ones", "us", beside_idle, plain(OURS),
-        [Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")]),
-    "log": of_wrk(
-        "access log", "get",
-        ours(off={}, combined={"access_log": "access.log"},
-             json={"access_log": "access.log", "access_log_format": "json"}),
-        [Target(2, "httpd.py, %s" % name, "httpd.py, off", "+") for name in ("combined", "json")]),
-    "metrics": of_wrk("metrics", "get", ours(off={}, on={"modules": ("prometheus",)}),
-                      [Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
-    "workers": of_wrk("workers on one core", "get", ours(one={}, two={"workers": 2}),
-                      [Target(1.05, "httpd.py, two", "httpd.py, one")]),
-    "roots": of_wrk("roots", "get", ours(**{"1": {}, "10,000": {"roots": 10000}}),
-                    [Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
-    "start": Scenario(
-        "import and an idle server", "", start_cost, plain(OURS, "http.server"),
-        [Target(1.0, OURS + ": import, ms", "http.server: import, ms"),
-         Target(22, OURS + ": idle, MB", how="<=")]),
+    "tls": Scenario("TLS 1.3, P-256, kept alive", SECURE, limits(nginx=1.15)),
+    "handshake": Scenario("TLS 1.3, P-256, a full handshake with X25519 each", SECURE, limits(nginx=1.15),
+                          "new-connection"),
+    "large": Scenario("1 MiB from the page", plain(OURS, "nginx", **LARGE), limits(nginx=1.2),
+                      load=per_mib, unit="us/MiB"),
+    "stream": Scenario("64 MiB streamed", plain(OURS, "nginx", **STREAM), limits(nginx=1.0),
+                       load=per_mib, unit="us/MiB"),
+    "idle": Scenario("an idle connection", ALL, [Target(1000, OURS, how="<=")],
+                     load=idle_memory, unit="bytes", once=True),
+    "beside-idle": Scenario("64 connections beside 10,000 idle ones", plain(OURS), [
+        Target(1.05, OURS + ": beside 10,000 idle", OURS + ": 64 connections")], load=beside_idle),
+    "log": Scenario("access log", ours(off={}, combined={"access_log": "access.log"}, json=JSON_LOG), [
+        Target(2, "httpd.py, combined", "httpd.py, off", "+"),
+        Target(2, "httpd.py, json", "httpd.py, off", "+")]),
+    "metrics": Scenario("metrics", ours(off={}, on={"modules": ("prometheus",)}), [
+        Target(1.1, "httpd.py, on", "httpd.py, off", "+")]),
+    "workers": Scenario("workers on one core", ours(one={}, two={"workers": 2}), [
+        Target(1.05, "httpd.py, two", "httpd.py, one")]),
+    "roots": Scenario("roots", ours(**{"1": {}, "10,000": {"roots": 10000}}), [
+        Target(1.05, "httpd.py, 10,000", "httpd.py, 1")]),
+    "start": Scenario("import and an idle server", plain(OURS, "http.server"), [
+        Target(1.0, "httpd.py: import, ms", "http.server: import, ms"),
+        Target(22, "httpd.py: idle, MB", how="<=")], load=start_cost, unit=""),
     "latency": Scenario(
-        "latency of an ordinary client at %d/s, beside others" % RATE, "ms", latency, plain(OURS, "nginx"),
-        [Target(20, "%s: %s, p99" % (OURS, who), how="<=") for who in ("300 pipelining", "5,000 hang up")])}
+        "latency of an ordinary client at %d/s, beside others" % RATE, plain(OURS, "nginx"), [
+            Target(20, "httpd.py: 300 pipelining, p99", how="<="),
+            Target(20, "httpd.py: 5,000 hang up, p99", how="<=")], load=latency, unit="ms")}
 
 
 @contextlib.contextmanager
@@ -501,7 +450,7 @@ def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
         for label, server in list(servers.items()):
             try:
                 server.wait()
-            except (Failed, OSError, http.client.HTTPException) as error:
+            except FAULTS as error:
                 left_out["%s, %s" % (label, scenario.title)] = str(error)
                 servers.pop(label).stop()
         yield servers
@@ -513,7 +462,7 @@ def running(scenario: Scenario, work: Path, left_out: dict[str, str]):
 def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
          left_out: dict[str, str]) -> dict[str, dict]:
     """Rows by their labels. The servers take turns; the first round warms up."""
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict] = collections.defaultdict(lambda: {"samples": []})
     if scenario.once:
         rounds = 0
     with running(scenario, work, left_out) as servers:
@@ -523,32 +472,33 @@ def take(scenario: Scenario, work: Path, rounds: int, seconds: float,
                     row["samples"].clear()
             for label, server in servers.items():
                 try:
-                    result = scenario.load(server, seconds)
-                except (Failed, OSError, http.client.HTTPException) as error:
-                    rows.setdefault(label, {"samples": []})["failed"] = str(error)
+                    result = scenario.load(server, seconds, scenario.script)
+                except FAULTS as error:
+                    rows[label]["failed"] = str(error)
                     continue
                 if isinstance(result, float):
-                    result = {"": result}
+                    rows[label]["samples"].append(round(result, 4))
+                    continue
                 for name, value in result.items():
-                    full = ": ".join(filter(None, [label, name]))
-                    rows.setdefault(full, {"samples": []})["samples"].append(round(value, 4))
+                    rows["%s: %s" % (label, name)]["samples"].append(round(value, 4))
     for row in rows.values():
         if row["samples"] and "failed" not in row:
             row.update(median=statistics.median(row["samples"]), least=min(row["samples"]))
-    return rows
+    return dict(rows)
 
 
 def reached(target: Target, rows: dict[str, dict]) -> dict[str, Any]:
     """The target with the figure beside it, which is None if a row is missing or has failed."""
     figure = rows.get(target.row, {}).get("median")
     beside = rows.get(target.beside, {}).get("median")
-    if target.how == "<=":
-        return {**target._asdict(), "figure": figure}
-    if figure is None or not beside:
-        return {**target._asdict(), "figure": None}
-    if target.how == "+":
-        return {**target._asdict(), "figure": figure - beside}
-    return {**target._asdict(), "figure": figure / beside}
+    if target.how != "<=":
+        if figure is None or not beside:
+            figure = None
+        elif target.how == "+":
+            figure -= beside
+        else:
+            figure /= beside
+    return {**target._asdict(), "figure": figure}
 
 
 def show(name: str, result: dict) -> None:
@@ -683,11 +633,9 @@ def write_readme(result: dict) -> None:
 
 # -------------------------------------------------------------------------------- Installation and main
 
-PACKAGES = {
-    "bjoern": ["bjoern"], "granian-wsgi": ["granian"], "granian-asgi": ["granian", "uvloop"],
-    "uvicorn": ["uvicorn", "httptools", "uvloop"], "aiohttp": ["aiohttp", "uvloop"], "waitress": ["waitress"],
-    "cheroot": ["cheroot"], "gunicorn-sync": ["gunicorn"], "gunicorn-gthread": ["gunicorn"],
-    "flask": ["flask"], "django": ["django"], "bottle": ["bottle"]}
+PACKAGES = ["aiohttp", "bjoern", "bottle", "cheroot", "django", "flask", "granian", "gunicorn", "httptools",
+            "uvicorn", "uvloop", "waitress"]
+PIP = [VENV / "bin/python", "-m", "pip", "--disable-pip-version-check"]
 DEBIAN = {          # package -> what shows that it is there
     "wrk": "wrk", "nginx-light": "nginx", "nodejs": "node", "gcc": "cc", "openssl": "openssl",
     "libev-dev": "/usr/include/ev.h", "libmicrohttpd-dev": "/usr/include/microhttpd.h",
@@ -705,59 +653,49 @@ def output(*command: Any, **options: Any) -> str:
     return done.stdout.strip()
 
 
-def install_debian() -> dict[str, str]:
-    """What is left out, and why."""
-    missing = [package for package, sign in DEBIAN.items()
-               if not shutil.which(sign) and not os.path.exists(sign)]
-    left_out = {}
-    if missing:
-        # With this runlevel no service is started.
-        options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
-        with contextlib.suppress(Failed):
-            output("apt-get", "update", **options)
-        for package in missing:
-            try:
-                output("apt-get", "install", "-y", "--no-install-recommends", package, **options)
-            except Failed as error:
-                left_out[DEBIAN[package]] = str(error)
-    return left_out
+def attempt(left_out: dict[str, str], name: str, *command: Any, **options: Any) -> None:
+    """Run it; why it fails is why `name` is left out."""
+    try:
+        output(*command, **options)
+    except Failed as error:
+        left_out[name] = str(error)
 
 
 def install() -> dict[str, str]:
     """The peers, and why some of them are left out."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    left_out = install_debian()
+    left_out: dict[str, str] = {}
+    # With this runlevel no service is started.
+    options = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}}
+    missing = {package: sign for package, sign in DEBIAN.items()
+               if not shutil.which(sign) and not os.path.exists(sign)}
+    if missing:
+        attempt({}, "", "apt-get", "update", **options)
+    for package, sign in missing.items():
+        attempt(left_out, sign, "apt-get", "install", "-y", "--no-install-recommends", package, **options)
     CACHE.mkdir(parents=True, exist_ok=True)
     if not VENV.exists():
         output(sys.executable, "-m", "venv", VENV)
-    there = packages()
-    pip = [VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    for name, wanted in PACKAGES.items():
-        try:
-            for package in set(wanted) - set(there):
-                output(*pip, package)
-        except Failed as error:
-            left_out[name] = str(error)
-    for name, (source, options) in C_PROGRAMS.items():
-        (CACHE / ("%s.c" % name)).write_text(source)
-        try:
-            output("cc", "-O2", "-w", "-o", CACHE / name, CACHE / ("%s.c" % name), *options.split())
-        except Failed as error:
-            left_out[name] = str(error)
+    for package in sorted(set(PACKAGES) - set(packages())):
+        attempt(left_out, package, *PIP, "install", "-q", package)
+    for name, (source, flags) in C_PROGRAMS.items():
+        path = CACHE / name
+        path.with_suffix(".c").write_text(source)
+        attempt(left_out, name, "cc", "-O2", "-w", "-o", path, path.with_suffix(".c"), *flags.split())
     return left_out
 
 
 def packages() -> dict[str, str]:
     """Those of the environment, with their versions."""
-    said = output(VENV / "bin/python", "-m", "pip", "list", "--format=json", "--disable-pip-version-check")
-    return {package["name"].lower(): package["version"] for package in json.loads(said)}
+    found = json.loads(output(*PIP, "list", "--format=json"))
+    return {package["name"].lower(): package["version"] for package in found}
 
 
 def machine() -> dict[str, Any]:
     cpu = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = {"Python": "%d.%d.%d" % sys.version_info[:3]}
     there = packages()
-    versions.update((name, there[name]) for name in sorted(set(sum(PACKAGES.values(), []))) if name in there)
+    versions.update((name, there[name]) for name in PACKAGES if name in there)
     for program, option in [("nginx", "-v"), ("node", "-v")]:
         with contextlib.suppress(Failed):
             versions[program] = re.findall("[0-9]+(?:[.][0-9]+)+", output(program, option))[0]

@@ -159,16 +159,16 @@ server.listen(settings.port, "127.0.0.1", 1024);
 """
 # A large response is a file in memory, without sendfile: read() copies it as flush_data_cb does.
 NGINX = """
-worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; USER
+worker_processes 1; daemon off; pid nginx.pid; error_log /dev/null crit; user root;
 events { worker_connections 20000; }
 http {
     access_log off; server_tokens off; keepalive_requests 1000000000; sendfile off;
-    default_type "TYPE";
+    default_type "$type";
     client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
     scgi_temp_path t5;
-    ssl_certificate FOLDER/../tls.crt; ssl_certificate_key FOLDER/../tls.key;
+    ssl_certificate $folder/../tls.crt; ssl_certificate_key $folder/../tls.key;
     ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;
-    server { listen 127.0.0.1:PORT backlog=1024 TLS; location /hello { CONTENT; } }
+    server { listen 127.0.0.1:$listen backlog=1024; location /hello { $content; } }
 }
 """
 # With -DMI it does for a call what OpenSIPS' modules httpd and mi_http do: it looks through the fields for
@@ -267,3 +267,39 @@ C_PROGRAMS = {
     "libmicrohttpd": (MICROHTTPD, "-lmicrohttpd"),
     "mi-in-C": (MICROHTTPD, "-DMI -lmicrohttpd -lcjson"),
     "handshakes": (HANDSHAKES, "-shared -fPIC")}
+# What wrk sends. The name of a run, its first argument, makes the URLs of a run its own.
+CALL = '{"jsonrpc":"2.0","id":1,"method":"httpd_list_root_path"}'
+ANSWER = ('{"jsonrpc":"2.0","result":[{"http_root":"mi","module":"mi_http"},'
+          '{"http_root":"hello","module":"bench"}],"id":1}')
+BROWSER = {
+    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+    "Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    "Accept-Language": "en-US,en;q=0.5", "Accept-Encoding": "gzip, deflate, br, zstd", "DNT": "1",
+    "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none",
+    "Priority": "u=0, i"}                                               # Host makes ten
+NEW_URL = """
+local run, number, fields = "", 0, {LIST}
+init = function(arguments) run = arguments[1] end
+request = function()
+    number = number + 1
+    NEVER_SEEN
+    return wrk.format("GET", "/hello?n=" .. run .. number, fields)
+end
+""".replace("LIST", ", ".join('["%s"] = "%s"' % field for field in BROWSER.items()))
+POST = 'wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", %s, "%s"\n'
+SCRIPTS = {
+    "get": "",
+    "new-url": NEW_URL.replace("NEVER_SEEN", ""),
+    "never-seen": NEW_URL.replace("NEVER_SEEN", 'fields["X-Request-Id"] = "id-" .. run .. number'),
+    "pipelined": "local all\ninit = function() all = string.rep(wrk.format('GET'), 16) end\n"
+                 "request = function() return all end",
+    "new-connection": 'wrk.headers["Connection"] = "close"',
+    "post-400": POST % ("string.rep('x', 400)", "application/octet-stream"),
+    "post-64k": POST % ("string.rep('x', 65536)", "application/octet-stream"),
+    "mi": POST % ("[[%s]]" % CALL, "application/json") + "wrk.path = '/mi'"}
+DONE = """
+done = function(all)
+    local e = all.errors
+    print("RESULT", all.requests, all.bytes, e.connect + e.read + e.write + e.status + e.timeout)
+end
+"""

@@ -2609,9 +2609,11 @@ RECEIVE_SIZE = 16384
 CONTENT_SIZE = 4 * RECEIVE_SIZE
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NOTHING = memoryview(b"")
-GREEDY = 16                 # requests that a connection has answered in one turn, or pieces of a
-SMALL_PIECE = 4096          # stream, if they have fewer bytes than this
-CHUNK_STEPS = 300           # for chunks of content, each of which takes three
+# What one connection gets in a turn of the loop, before others have theirs: requests answered, or
+# pieces of a stream that have fewer than SMALL_PIECE bytes,
+GREEDY = 16
+SMALL_PIECE = 4096
+CHUNK_STEPS = 300           # and steps of ChunkedContent, which takes three for a chunk.
 LEAST_RATE = 500            # bytes a second that a client has to take, or send
 LINGER_PAUSE = 5.0          # seconds without a byte that a client is read on after the last answer,
 LINGER_TIME = 30.0          # and seconds in all
@@ -4486,7 +4488,7 @@ def url_of(scheme: str, host: str, port: int) -> str:
 
 
 def is_public(listener: Listener) -> bool:
-    """Whether others than this machine's users of a file's group can connect."""
+    """Whether more can connect than the programs of this machine; for unix:@NAME all of these."""
     host = listener.address[0]
     return not (host == "::1" or host.startswith("unix:/") or LOCAL_HOST.fullmatch(host))
 
@@ -8236,7 +8238,8 @@ class Process:
         os.close(reading)
         if not said:
             status = self.end_of_successor().wait()
-            log.error("no restart: the new process has ended with %d: this one goes on", status)
+            if not self.stops:
+                log.error("no restart: the new process has ended with %d: this one goes on", status)
         return bool(said)
 
     def begin_stop(self) -> None:
@@ -8319,7 +8322,7 @@ class Alone(Process):
 
     def end_restart(self, watch: Watch, reading: int) -> None:
         watch.close()
-        if self.has_come_up(reading):
+        if self.has_come_up(reading) and not self.stops:
             self.make_way()
             self.server.stop(wait=False, kept=KEPT_TIME)
 
@@ -8512,7 +8515,7 @@ class Parent(Process):
 
     def end_restart(self) -> None:
         reading, self.restarting = self.restarting, -1
-        if not self.has_come_up(reading):
+        if not self.has_come_up(reading) or self.stops:
             return
         if os.getpid() == 1:
             self.become_successor()
@@ -8589,7 +8592,6 @@ class Parent(Process):
                           worker.number, worker.pid, silent)
             if 0 < self.server.params.worker_timeout < silent and worker.looks > 1:
                 os.kill(worker.pid, signal.SIGKILL)
-
 
     def look_at_those_before(self) -> None:
         """Whether the workers of the program that this process was before have ended."""
